@@ -125,6 +125,7 @@ def write_shard(
 ) -> "ShardIndex":                                 # where everything is
     "Write one shard and the index beside it."
     path = Path(path)
+    for left_over in path.parent.glob(f".tmp-*-{path.name}"): left_over.unlink()  # of a process that was killed here
     with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for members in samples:
             for name, data in members.items():
@@ -277,7 +278,7 @@ class ShardDataset:
         directory:Path,  # folder with the shards
     ):
         self.directory = Path(directory)
-        self.paths = sorted(self.directory.glob("*.tar"))
+        self.paths = sorted(path for path in self.directory.glob("*.tar") if not path.name.startswith("."))  # .tmp-*: being written
         if not self.paths: raise ShardError(f"{directory} holds no shards (*.tar)")
         self.indexes = [_load_index(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(index) for index in self.indexes])
@@ -305,22 +306,32 @@ class ShardDataset:
         chosen, count = [int(view) for view in chosen], self.view_count(i)
         if not chosen or not all(0 <= view < count for view in chosen):
             raise IndexError(f"views {chosen} of sample {i}, which has {count} views ({path})")
+        extensions, base = EXTENSIONS[index.image_format], f"{index.keys[place]:08d}"
         with open(path, "rb", buffering=0) as file:
-            known = _read(file, path, f"{index.keys[place]:08d}.json", index.metadata[place:place + 1], decode_metadata)
-            size = known["cameras"].size
-            rgba = [_read(file, path, f"{index.keys[place]:08d}.{view:02d}", index.images[index.first[place] + view],
-                          lambda *files: decode_view(dict(zip(EXTENSIONS[index.image_format], files)), size)) for view in chosen]
+            known = _read_metadata(file, path, f"{base}.json", index.metadata[place])
+            rgba = [_read_view(file, path, [f"{base}.{view:02d}.{extension}" for extension in extensions],
+                               index.images[index.first[place] + view], known["cameras"].size) for view in chosen]
         return Views(torch.from_numpy(np.stack(rgba)), **{**known, "cameras": known["cameras"][chosen]})
 
 # %% ../../nbs/data/00_shards.ipynb #1852f6a6
-def _read(file, path, name, entries, decode):
-    "Decode the pieces of `file` that `entries` ([n,3] first byte, length, CRC-32) point at; errors say where."
-    pieces = []
-    for offset, length, checksum in entries.tolist():
-        file.seek(offset)
-        pieces.append(file.read(length))
-        if len(pieces[-1]) < length: raise ShardError(f"{path}: member {name} at byte {offset} is cut short; write the shard again")
-        if zlib.crc32(pieces[-1]) != checksum:
-            raise ShardError(f"{path}: member {name} at byte {offset} is not what was indexed (CRC-32 differs); write the shard again")
-    try: return decode(*pieces)
-    except ValueError as error: raise ShardError(f"{path}: member {name} at byte {entries[0, 0]} {error}") from error
+def _read(file, path, name, entry) -> bytes:
+    "The bytes of one member; `entry` is its (first byte, length, CRC-32)."
+    offset, length, checksum = entry.tolist()
+    file.seek(offset)
+    data = file.read(length)
+    if len(data) < length: raise ShardError(f"{path}: member {name} at byte {offset} is cut short; write the shard again")
+    if zlib.crc32(data) != checksum:
+        raise ShardError(f"{path}: member {name} at byte {offset} is not what was indexed (CRC-32 differs); write the shard again")
+    return data
+
+
+def _read_metadata(file, path, name, entry) -> dict:
+    data = _read(file, path, name, entry)
+    try: return decode_metadata(data)
+    except ValueError as error: raise ShardError(f"{path}: member {name} at byte {entry[0]} {error}") from error
+
+
+def _read_view(file, path, names, entries, size) -> np.ndarray:
+    files = {name.rpartition(".")[2]: _read(file, path, name, entry) for name, entry in zip(names, entries)}
+    try: return decode_view(files, size)
+    except ValueError as error: raise ShardError(f"{path}: member {names[0]} at byte {entries[0, 0]} {error}") from error
