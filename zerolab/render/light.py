@@ -83,12 +83,12 @@ def edge_steps(
 def draw_depth_pair(
     points, # [N,3] vertices in map space: x and y in pixels, z the height towards the light
     faces, # [M,3] vertex indices
-    depth_range, # [R,R,2] filled with the lowest and the highest z over each pixel
+    lowest, highest, # [R,R] filled with the extreme z over each pixel; inf and -inf where nothing is
 ):
-    "First and last surface along one direction, in one pass over the triangles."
-    resolution = depth_range.shape[0]
-    depth_range[:, :, 0] = np.inf
-    depth_range[:, :, 1] = -np.inf
+    "Last and first surface along one direction, in one pass over the triangles."
+    resolution = lowest.shape[0]
+    lowest[:] = np.inf
+    highest[:] = -np.inf
     for triangle in range(faces.shape[0]):
         a, b, c = faces[triangle, 0], faces[triangle, 1], faces[triangle, 2]
         x0, y0, z0 = points[a, 0], points[a, 1], points[a, 2]
@@ -100,23 +100,24 @@ def draw_depth_pair(
         if ux == 0.0 and uy == 0.0: continue
         z1, z2 = points[b, 2] - z0, points[c, 2] - z0
         for row in range(top, bottom + 1):
-            for column in range(left, right + 1):
-                x, y = column + 0.5 - x0, row + 0.5 - y0
+            y, low, high = row + 0.5 - y0, lowest[row], highest[row]
+            for column in range(left, right + 1):  # no branch in here: the compiler then handles several pixels at once
+                x = column + 0.5 - x0
                 u, v = ux * x + uy * y, vx * x + vy * y
-                if u >= 0.0 and v >= 0.0 and u + v <= 1.0:
-                    z = np.float32(z0 + u * z1 + v * z2)
-                    if z < depth_range[row, column, 0]: depth_range[row, column, 0] = z
-                    if z > depth_range[row, column, 1]: depth_range[row, column, 1] = z
+                z = np.float32(z0 + u * z1 + v * z2)
+                inside = (u >= 0.0) & (v >= 0.0) & (u + v <= 1.0)
+                low[column] = z if inside & (z < low[column]) else low[column]
+                high[column] = z if inside & (z > high[column]) else high[column]
 
 # %% ../../nbs/render/00_light.ipynb #24d63c86
 @njit(inline="always")
 def lit_share(
-    depth_range, # [R,R,2] of `draw_depth_pair`
+    lowest, highest, # [R,R] of `draw_depth_pair`
     x, y, z, # lookup point in map space
-    side, # 1: light comes from +z (compare with the highest), 0: from -z (with the lowest)
+    from_above, # light comes from +z: compare with the highest; else from -z: with the lowest
 ): # 0 (shadow) .. 1 (lit)
     "Share of the light that passes, from the four map pixels around a point."
-    resolution = depth_range.shape[0]
+    resolution = lowest.shape[0]
     x, y = x - 0.5, y - 0.5
     column, row = int(math.floor(x)), int(math.floor(y))
     fx, fy = x - column, y - row
@@ -125,7 +126,7 @@ def lit_share(
         for dx in range(2):
             i = min(max(row + dy, 0), resolution - 1)
             j = min(max(column + dx, 0), resolution - 1)
-            passes = z >= depth_range[i, j, 1] if side == 1 else z <= depth_range[i, j, 0]
+            passes = z >= highest[i, j] if from_above else z <= lowest[i, j]
             if passes: share += (fx if dx == 1 else 1.0 - fx) * (fy if dy == 1 else 1.0 - fy)
     return share
 
@@ -138,20 +139,20 @@ def add_pair(
     radiance, # [2,3] light from the direction and from its opposite
     offset, # lookup offset along the normal, world units
     pixels_per_unit, # scale of the map
-    depth_range, # [R,R,2] of `draw_depth_pair`
+    lowest, highest, # [R,R] of `draw_depth_pair`
     total, # [N,5] running sums: light (3), visible cosines, all cosines
 ):
     "Add the light of one direction and of its opposite to every vertex."
     for i in range(points.shape[0]):
         nx, ny, nz = normals[i, 0], normals[i, 1], normals[i, 2]
         cosine = nx * axes[2, 0] + ny * axes[2, 1] + nz * axes[2, 2]
-        side = 1 if cosine > 0.0 else 0
+        from_above = cosine > 0.0
         x = points[i, 0] + (nx * axes[0, 0] + ny * axes[0, 1] + nz * axes[0, 2]) * offset * pixels_per_unit
         y = points[i, 1] + (nx * axes[1, 0] + ny * axes[1, 1] + nz * axes[1, 2]) * offset * pixels_per_unit
-        z = points[i, 2] + cosine * offset + (offset if side == 1 else -offset)
+        z = points[i, 2] + cosine * offset + (offset if from_above else -offset)
         weight = abs(cosine)
-        seen = weight * lit_share(depth_range, x, y, z, side)
-        for channel in range(3): total[i, channel] += seen * radiance[1 - side, channel]
+        seen = weight * lit_share(lowest, highest, x, y, z, from_above)
+        for channel in range(3): total[i, channel] += seen * radiance[0 if from_above else 1, channel]
         total[i, 3] += seen
         total[i, 4] += weight
 
@@ -193,20 +194,19 @@ def bake_light(
     towards = dome_directions(directions)
     sh = WHITE_DOME if sh is None else np.asarray(sh, np.float64)
     if sh.shape != (9, 3) or not np.isfinite(sh).all(): raise ValueError(f"bake_light: sh has shape {sh.shape}, need 9x3 finite numbers")
-    total = np.zeros((len(mesh.positions), 5))
-    if len(mesh.faces) == 0: return np.zeros((len(total), 4), np.float32)
     radiance = np.stack([sh_radiance(sh, towards), sh_radiance(sh, -towards)], axis=1)
-    half = 1.02 * float(np.linalg.norm(mesh.positions, axis=1).max()) + 1e-9
-    pixels_per_unit = resolution / (2 * half)
-    depth_range = np.empty((resolution, resolution, 2), np.float32)
+    positions = mesh.positions.astype(np.float64) - mesh.bounds.mean(0)
+    half = 1.02 * np.linalg.norm(positions, axis=1).max() + 1e-9
+    scale = resolution / (2 * half)  # map pixels per world unit
+    lowest, highest = np.empty((2, resolution, resolution), np.float32)
+    total = np.zeros((len(positions), 5))
     for direction, pair in zip(towards, radiance):
-        helper = np.eye(3)[np.abs(direction).argmin()]
-        right = np.cross(helper, direction) / np.linalg.norm(np.cross(helper, direction))
+        right = np.cross(np.eye(3)[np.abs(direction).argmin()], direction)
+        right /= np.linalg.norm(right)
         axes = np.stack([right, np.cross(direction, right), direction])
-        points = mesh.positions @ axes.T
-        points[:, :2] = (points[:, :2] + half) * pixels_per_unit
-        draw_depth_pair(points, mesh.faces, depth_range)
-        add_pair(points, mesh.normals, axes, pair, 1.1 / pixels_per_unit, pixels_per_unit, depth_range, total)
+        points = (positions @ axes.T + [half, half, 0]) * [scale, scale, 1]
+        draw_depth_pair(points, mesh.faces, lowest, highest)
+        add_pair(points, mesh.normals, axes, pair, 1.1 / scale, scale, lowest, highest, total)
     light = total[:, :4] / np.maximum(total[:, 4:], 1e-12)
     fill_buried(light, mesh.faces)
     return light.astype(np.float32)
