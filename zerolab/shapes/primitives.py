@@ -202,13 +202,15 @@ def facet(
     triangles = geometry.positions[corners].reshape(-1, 3, 3)
     flat = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-300)
-    kept, faces = np.unique(geometry.faces[~chosen], return_inverse=True)
-    new = len(kept) + np.arange(len(corners))
+    shared = np.zeros(len(geometry.positions), bool)
+    shared[geometry.faces[~chosen].ravel()] = True
+    kept = np.flatnonzero(shared)
+    faces, new = (np.cumsum(shared) - 1)[geometry.faces[~chosen]], len(kept) + np.arange(len(corners))
     order = np.concatenate([np.flatnonzero(~chosen), np.flatnonzero(chosen)])
     return Geometry(np.concatenate([geometry.positions[kept], geometry.positions[corners]]),
                     np.concatenate([geometry.normals[kept], np.repeat(flat, 3, axis=0)]),
                     np.concatenate([geometry.uvs[kept], geometry.uvs[corners]]),
-                    np.concatenate([faces.reshape(-1, 3), new.reshape(-1, 3)]).astype(np.int32), geometry.patch_ids[order])
+                    np.concatenate([faces, new.reshape(-1, 3)]).astype(np.int32), geometry.patch_ids[order])
 
 # %% ../../nbs/shapes/00_primitives.ipynb #eaedcf12
 def weld(

@@ -252,6 +252,14 @@ class Texture:
     colours: tuple       # of `COLOURS`, the most frequent first
 
 
+def _shade(albedo, brightness):
+    "Multiply every pixel [S,S,3] by its brightness [S,S]; in place, which halves the time."
+    shaded = np.repeat(brightness.ravel(), 3).reshape(albedo.shape)
+    shaded *= albedo
+    shaded += np.float32(.5)
+    return np.minimum(shaded, np.float32(255), out=shaded).astype(np.uint8)
+
+
 GRAIN_PROBABILITY = .5      # fine grain, as paper, plaster or sensor noise have it
 
 
@@ -265,8 +273,6 @@ def make_texture(
     colours = ramp(rng, rng.random() < natural_probability)
     strength = rng.uniform(.02, .15) if rng.random() < GRAIN_PROBABILITY else 0.
     levels = np.rint(pattern(name, rng, size) * 255).astype(np.uint8)
-    albedo = np.rint(colours * 255).astype(np.uint8)[levels]
-    if strength:
-        shade = 1 + np.float32(strength) * (2 * grain(rng, size) - 1)
-        albedo = np.minimum(albedo * shade[..., None] + np.float32(.5), np.float32(255)).astype(np.uint8)
+    albedo = np.rint(colours * 255).astype(np.uint8).take(levels, axis=0)
+    if strength: albedo = _shade(albedo, 1 + np.float32(strength) * (2 * grain(rng, size) - 1))
     return Texture(albedo, name, name_colours(albedo))
