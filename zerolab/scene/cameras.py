@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .paths import read_json, write_json
 
-# %% ../../nbs/scene/01_cameras.ipynb #2cd2bb3a
+# %% ../../nbs/scene/01_cameras.ipynb #7d813384
 @dataclass(frozen=True, eq=False, repr=False)
 class Cameras:
     "V pinhole cameras of one picture size: OpenCV axes (x right, y down, z forward), world z up, pixel centres at +0.5."
@@ -72,10 +72,18 @@ class Cameras:
         if self.K.ndim < 4: raise ValueError(f"Cameras.unstack: {self} has no batch axis")
         return [_trusted(K, w2c, self.size) for K, w2c in zip(self.K, self.w2c)]
 
-    def rays(self): return pixel_rays(self)
-    def project(self, points): return project_points(self, points)
-    def resize(self, size): return resize_cameras(self, size)
-    def crop(self, top, left, height, width): return crop_cameras(self, top, left, height, width)
+    def rays(self) -> tuple[Tensor, Tensor]:
+        "See `pixel_rays`."
+        return pixel_rays(self)
+    def project(self, points) -> tuple[Tensor, Tensor]:
+        "See `project_points`."
+        return project_points(self, points)
+    def resize(self, size) -> "Cameras":
+        "See `resize_cameras`."
+        return resize_cameras(self, size)
+    def crop(self, top, left, height, width) -> "Cameras":
+        "See `crop_cameras`."
+        return crop_cameras(self, top, left, height, width)
 
 # %% ../../nbs/scene/01_cameras.ipynb #bc4c60d6
 def _set(instance, **values) -> None:
@@ -127,7 +135,8 @@ def _check_values(K: Tensor, w2c: Tensor) -> None:
     for message, bad in problems.items():
         if not bad.any(): continue
         index = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"Cameras[{', '.join(map(str, index))}]: {message} (K={K[index].tolist()}, w2c={w2c[index].tolist()})")
+        culprit = "w2c" if "w2c" in message else "K"
+        raise ValueError(f"Cameras[{', '.join(map(str, index))}]: {message} ({culprit} = {dict(K=K, w2c=w2c)[culprit][index].tolist()})")
 
 # %% ../../nbs/scene/01_cameras.ipynb #0fc091c1
 def _trusted(K: Tensor, w2c: Tensor, size: tuple[int, int]) -> Cameras:
@@ -252,6 +261,7 @@ def look_at(
 # %% ../../nbs/scene/01_cameras.ipynb #e4e9d2d8
 def _points(values, name: str) -> Tensor:
     "[V,3] or [1,3] in float64: poses are computed in it whatever they are stored in."
+    values = values.detach().cpu() if isinstance(values, Tensor) else values
     points = torch.as_tensor(np.asarray(values, dtype=np.float64))
     if points.ndim == 1: points = points[None]
     if points.ndim != 2 or points.shape[1] != 3: raise ValueError(f"look_at: {name} has shape {tuple(points.shape)}, need [V,3]")
@@ -290,10 +300,10 @@ def orbit(
     up = np.stack([-np.sin(elevation)*np.cos(azimuth), -np.sin(elevation)*np.sin(azimuth), np.cos(elevation)], -1)  # d outward / d elevation
     return look_at(np.asarray(target, dtype=np.float64) + radius[:, None]*outward, target, up, fov=fov, size=size, dtype=dtype)
 
-# %% ../../nbs/scene/01_cameras.ipynb #74a65d72
+# %% ../../nbs/scene/01_cameras.ipynb #b1f5f93c
 def random_views(
     rng: np.random.Generator,
-    count: int = 32,                   # LRM-Zero section 3
+    count: int = 32,                         # LRM-Zero section 3
     radius: tuple[float, float] = (2., 3.),  # nearest and farthest, uniform between (LRM-Zero section 3)
     *,
     fov: float = 50.,                  # horizontal, degrees (LRM-Zero section 3)
@@ -301,9 +311,11 @@ def random_views(
     dtype: torch.dtype = torch.float32,
 ) -> Cameras:
     "Cameras all around the origin, at random: directions uniform on the sphere."
+    nearest, farthest = radius
+    if not 0 < nearest <= farthest: raise ValueError(f"random_views: radius is {radius}, need (nearest, farthest) with 0 < nearest <= farthest")
     directions = rng.normal(size=(count, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    return look_at(directions*rng.uniform(*radius, size=(count, 1)), fov=fov, size=size, dtype=dtype)
+    return look_at(directions*rng.uniform(nearest, farthest, size=(count, 1)), fov=fov, size=size, dtype=dtype)
 
 # %% ../../nbs/scene/01_cameras.ipynb #79f48fba
 def gso_inputs(
@@ -322,8 +334,8 @@ def gso_inputs(
 
 # %% ../../nbs/scene/01_cameras.ipynb #ff00660b
 def gso_targets(
-    rng: np.random.Generator,
-    count: int = 10,                   # a target view count per object (GS-LRM section 4.1)
+    rng: np.random.Generator,          # seed it: the targets are part of the benchmark
+    count: int = 10,                   # per object (GS-LRM, arXiv 2404.19702, section 4.1)
     *,
     radius: float = 2.7,               # the released sampler's
     fov: float = 50.,                  # horizontal, degrees
