@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TILE_WIDTH', 'TILE_HEIGHT', 'TILE_PIXELS', 'CENTRE_X', 'CENTRE_Y', 'CONIC_A', 'CONIC_B', 'CONIC_C', 'OPACITY', 'RED',
-           'GREEN', 'BLUE', 'DEPTH', 'COLUMNS', 'ZERO', 'HALF', 'ONE', 'TWO', 'REORDER', 'rasterize']
+           'GREEN', 'BLUE', 'DEPTH', 'COLUMNS', 'REACH_MARGIN', 'ROW', 'ZERO', 'HALF', 'ONE', 'TWO', 'REORDER',
+           'rasterize']
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #e02f00be
 import math
@@ -25,6 +26,8 @@ TILE_WIDTH, TILE_HEIGHT = 8, 16
 TILE_PIXELS = TILE_WIDTH * TILE_HEIGHT
 CENTRE_X, CENTRE_Y, CONIC_A, CONIC_B, CONIC_C, OPACITY, RED, GREEN, BLUE, DEPTH = range(10)   # the columns of a splat
 COLUMNS = 10
+REACH_MARGIN = 1e-4             # on twice the exponent: rounding must not lose a pixel that is just visible
+ROW = np.uint64(TILE_WIDTH)     # unsigned, so that numba does not test for negative indices
 ZERO, HALF, ONE, TWO = (np.float32(x) for x in (0, 0.5, 1, 2))     # float32, because a float32 times a Python number is a float64
 REORDER = {"contract", "reassoc", "nsz", "arcp"}                  # fast maths, but infinities and NaN keep their meaning
 
@@ -73,9 +76,9 @@ def _dot(a, b):
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #66474d91
 @njit(cache=True, error_model="numpy")
-def _bounds(splats, g, variance_x, variance_y, width, height, box):
-    "Write the pixels `x0, x1, y0, y1` (inclusive) where splat `g` may reach `ALPHA_MIN`; return the tiles that they touch."
-    reach = 2.0 * math.log(np.float64(splats[g, OPACITY]) / ALPHA_MIN) + 1e-4
+def _box(splats, g, variance_x, variance_y, width, height, box):
+    "Write the pixels `x0, x1, y0, y1` (inclusive) where splat `g` may reach `ALPHA_MIN`; return how many tiles they touch."
+    reach = 2.0 * math.log(np.float64(splats[g, OPACITY]) / ALPHA_MIN) + REACH_MARGIN
     if not reach > 0.0: return 0
     half_x, half_y = math.sqrt(reach * variance_x), math.sqrt(reach * variance_y)
     left, right = splats[g, CENTRE_X] - half_x - 0.5, splats[g, CENTRE_X] + half_x - 0.5
@@ -117,7 +120,7 @@ def _project(means, quats, scales, opacities, colors, w2c, lens, shape, antialia
             splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C] = wide_yy * inverse, -xy * inverse, wide_xx * inverse
             c = (scene * color_views + view % color_views) * count + n % count
             splats[g, RED], splats[g, GREEN], splats[g, BLUE] = colors[c, 0], colors[c, 1], colors[c, 2]
-            tiles[g + 1] = _bounds(splats, g, wide_xx, wide_yy, width, height, box)
+            tiles[g + 1] = _box(splats, g, wide_xx, wide_yy, width, height, box)
     return splats, box, tiles
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #add11ce1
@@ -150,31 +153,69 @@ def _front_to_back(splats, tiles, images, count):
     return order, visible
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #487d1fc7
+@njit(cache=True, error_model="numpy")
+def _ellipse(splats, g):
+    "What bounds splat `g` in a column of tiles: `y = slope x +- sqrt(roof - bend x^2)`, and the `x` where it reaches lowest."
+    a, b, c = np.float64(splats[g, CONIC_A]), np.float64(splats[g, CONIC_B]), np.float64(splats[g, CONIC_C])
+    reach = 2.0 * math.log(np.float64(splats[g, OPACITY]) / ALPHA_MIN) + REACH_MARGIN
+    determinant = a * c - b * b
+    return -b / c, reach / c, determinant / (c * c), -b / a * math.sqrt(reach * a / determinant)
+
+
+@njit(cache=True, error_model="numpy")
+def _column_rows(splats, g, box, column, ellipse):
+    "The rows `y0, y1` (inclusive) that splat `g` touches in one column of tiles; none if `y1 < y0`."
+    slope, roof, bend, lowest = ellipse
+    left = max(column * TILE_WIDTH, box[g, 0]) + 0.5 - splats[g, CENTRE_X]
+    right = min(column * TILE_WIDTH + TILE_WIDTH - 1, box[g, 1]) + 0.5 - splats[g, CENTRE_X]
+    x_low, x_high = min(max(lowest, left), right), min(max(-lowest, left), right)
+    low = slope * x_low + math.sqrt(max(roof - bend * x_low * x_low, 0.0)) + splats[g, CENTRE_Y] - 0.5
+    high = slope * x_high - math.sqrt(max(roof - bend * x_high * x_high, 0.0)) + splats[g, CENTRE_Y] - 0.5
+    return max(int(math.ceil(high)), box[g, 2]), min(int(math.floor(low)), box[g, 3])
+
+
+@njit(parallel=True, cache=True, error_model="numpy")
+def _slots(splats, box, first_slot, tiles_x, tiles_y, count):
+    "For each (splat, tile) pair, in the order of the splats: the tile (-1: not needed), and the rows `[first, end)` touched in it."
+    tile_of, rows = np.full(first_slot[-1], -1, np.int32), np.empty((first_slot[-1], 2), np.uint8)
+    for g in prange(len(first_slot) - 1):
+        if first_slot[g + 1] == first_slot[g]: continue
+        slot, image = first_slot[g], g // count * tiles_x * tiles_y
+        first_column, last_column = box[g, 0] // TILE_WIDTH, box[g, 1] // TILE_WIDTH
+        y0, y1 = box[g, 2], box[g, 3]
+        ellipse = _ellipse(splats, g) if first_column < last_column else (0.0, 0.0, 0.0, 0.0)
+        for column in range(first_column, last_column + 1):
+            if first_column < last_column: y0, y1 = _column_rows(splats, g, box, column, ellipse)
+            if y0 > y1: continue
+            for row in range(y0 // TILE_HEIGHT, y1 // TILE_HEIGHT + 1):
+                tile_of[slot] = image + row * tiles_x + column
+                rows[slot, 0] = max(y0 - row * TILE_HEIGHT, 0)
+                rows[slot, 1] = min(y1 - row * TILE_HEIGHT + 1, TILE_HEIGHT)
+                slot += 1
+    return tile_of, rows
+
+
 @njit(parallel=True, cache=True)
-def _tile_lists(box, first_slot, order, visible, images, count, tiles_x, tiles_y):
-    "For each tile its splats from front to back (`ids`), and for each of them the slot where its gradient will lie."
-    per_image = tiles_x * tiles_y
-    start = np.zeros(images * per_image + 1, np.int64)
+def _tile_lists(tile_of, rows, first_slot, order, visible, count, tiles_per_image):
+    "For each tile its entries from front to back: the splat, its rows there, and the slot of the pair."
+    images = len(visible)
+    start = np.zeros(images * tiles_per_image + 1, np.int64)
     for i in prange(images):
-        for k in range(visible[i]):
-            g = i * count + order[i, k]
-            for row in range(box[g, 2] // TILE_HEIGHT, box[g, 3] // TILE_HEIGHT + 1):
-                for column in range(box[g, 0] // TILE_WIDTH, box[g, 1] // TILE_WIDTH + 1):
-                    start[i * per_image + row * tiles_x + column + 1] += 1
-    for tile in range(images * per_image): start[tile + 1] += start[tile]
+        for slot in range(first_slot[i * count], first_slot[(i + 1) * count]):
+            if tile_of[slot] >= 0: start[tile_of[slot] + 1] += 1
+    for tile in range(images * tiles_per_image): start[tile + 1] += start[tile]
     free = start[:-1].copy()
-    ids, slots = np.empty(start[-1], np.int32), np.empty(start[-1], np.int64)
+    splat, slots, entry_rows = np.empty(start[-1], np.int32), np.empty(start[-1], np.int64), np.empty((start[-1], 2), np.uint8)
     for i in prange(images):
         for k in range(visible[i]):
             g = i * count + order[i, k]
-            slot = first_slot[g]
-            for row in range(box[g, 2] // TILE_HEIGHT, box[g, 3] // TILE_HEIGHT + 1):
-                for column in range(box[g, 0] // TILE_WIDTH, box[g, 1] // TILE_WIDTH + 1):
-                    tile = i * per_image + row * tiles_x + column
-                    ids[free[tile]], slots[free[tile]] = g, slot
-                    free[tile] += 1
-                    slot += 1
-    return start, ids, slots
+            for slot in range(first_slot[g], first_slot[g + 1]):
+                if tile_of[slot] < 0: break
+                entry = free[tile_of[slot]]
+                free[tile_of[slot]] += 1
+                splat[entry], slots[entry] = g, slot
+                entry_rows[entry, 0], entry_rows[entry, 1] = rows[slot, 0], rows[slot, 1]
+    return start, splat, slots, entry_rows
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #208645ed
 def _exp_minus(x):
@@ -202,13 +243,6 @@ def _exp_minus_for(x):
 
 
 @njit(cache=True)
-def _rows(box, g, top):
-    "The pixels `[first, last)` of the tile that starts at row `top` which splat `g` touches: whole rows, so one run of memory."
-    first, last = max(box[g, 2] - top, 0), min(box[g, 3] - top + 1, TILE_HEIGHT)
-    return np.uint64(first) * np.uint64(TILE_WIDTH), np.uint64(last) * np.uint64(TILE_WIDTH)
-
-
-@njit(cache=True)
 def _pixel_centres(dtype):
     "Offsets of a tile's pixel centres from its corner."
     x, y = np.empty(TILE_PIXELS, dtype), np.empty(TILE_PIXELS, dtype)
@@ -217,7 +251,7 @@ def _pixel_centres(dtype):
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #13a4d052
 @njit(parallel=True, fastmath=REORDER, cache=True, error_model="numpy")
-def _composite(splats, box, start, ids, shape, alpha_max, alpha_min, transmittance_min):
+def _composite(splats, start, ids, rows, shape, alpha_max, alpha_min, transmittance_min):
     "Blend each tile's splats from front to back: picture [I,H,W,4], transmittance [I,H,W], last splat of each pixel."
     images, height, width, tiles_x, tiles_y = shape
     number = splats.dtype.type
@@ -234,7 +268,7 @@ def _composite(splats, box, start, ids, shape, alpha_max, alpha_min, transmittan
         for entry in range(start[tile], start[tile + 1]):
             if (entry - start[tile]) % 32 == 31 and running.max() == ZERO: break
             g, k = ids[entry], np.int32(entry - start[tile])
-            first, end = _rows(box, g, top)
+            first, end = np.uint64(rows[entry, 0]) * ROW, np.uint64(rows[entry, 1]) * ROW
             cx, cy, opacity = splats[g, CENTRE_X] - left_, splats[g, CENTRE_Y] - top_, splats[g, OPACITY]
             a, b, c = splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C]
             r_, g_, b_, z_ = splats[g, RED], splats[g, GREEN], splats[g, BLUE], splats[g, DEPTH]
@@ -265,33 +299,42 @@ def _composite(splats, box, start, ids, shape, alpha_max, alpha_min, transmittan
     return picture, light, last
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #3a33d913
+@njit(cache=True)
+def _after_the_last(light, hit, v_picture, v_alpha, i, top, left):
+    "A tile's state behind its last splat: transmittance, `B`, the picture's gradient, and the last entry that each row shows."
+    height, width = light.shape[1:]
+    running, behind = np.ones(TILE_PIXELS, light.dtype), np.zeros(TILE_PIXELS, light.dtype)
+    v, deepest = np.zeros((4, TILE_PIXELS), light.dtype), np.full(TILE_HEIGHT, -1, np.int32)
+    for row in range(min(TILE_HEIGHT, height - top)):
+        for column in range(min(TILE_WIDTH, width - left)):
+            q = row * TILE_WIDTH + column
+            deepest[row] = max(deepest[row], hit[q])
+            running[q] = light[i, top + row, left + column]
+            behind[q] = -running[q] * v_alpha[i, top + row, left + column]
+            for channel in range(4): v[channel, q] = v_picture[i, top + row, left + column, channel]
+    return running, behind, v, deepest
+
+
 @njit(parallel=True, fastmath=REORDER, cache=True, error_model="numpy")
-def _composite_backward(splats, box, start, ids, slots, last, light, v_picture, v_alpha, shape, alpha_max, alpha_min):
+def _composite_backward(splats, start, ids, rows, slots, slot_count, last, light, v_picture, v_alpha, shape, alpha_max, alpha_min):
     "The gradient of every (tile, splat) pair, each in its own slot: from back to front, undoing the forward pass."
     images, height, width, tiles_x, tiles_y = shape
     number = splats.dtype.type
-    partial = np.zeros((len(ids), COLUMNS), splats.dtype)
+    partial = np.zeros((slot_count, COLUMNS), splats.dtype)
     for tile in prange(images * tiles_y * tiles_x):
         if start[tile + 1] == start[tile]: continue
         i, top, left = tile // (tiles_x * tiles_y), tile // tiles_x % tiles_y * TILE_HEIGHT, tile % tiles_x * TILE_WIDTH
         top_, left_ = number(top), number(left)
         x, y = _pixel_centres(splats.dtype)
-        hit, deepest = last[tile], np.full(TILE_HEIGHT, -1, np.int32)
-        running, behind, v = np.ones(TILE_PIXELS, splats.dtype), np.zeros(TILE_PIXELS, splats.dtype), np.zeros((4, TILE_PIXELS), splats.dtype)
-        for row in range(min(TILE_HEIGHT, height - top)):
-            for column in range(min(TILE_WIDTH, width - left)):
-                q = row * TILE_WIDTH + column
-                deepest[row] = max(deepest[row], hit[q])
-                running[q] = light[i, top + row, left + column]
-                behind[q] = -running[q] * v_alpha[i, top + row, left + column]
-                for channel in range(4): v[channel, q] = v_picture[i, top + row, left + column, channel]
+        hit = last[tile]
+        running, behind, v, deepest = _after_the_last(light, hit, v_picture, v_alpha, i, top, left)
         v_red, v_green, v_blue, v_depth = v[0], v[1], v[2], v[3]
         for entry in range(start[tile] + deepest.max(), start[tile] - 1, -1):
             g, k = ids[entry], np.int32(entry - start[tile])
             nearest = np.int32(-1)
-            for row in range(max(box[g, 2] - top, 0), min(box[g, 3] - top + 1, TILE_HEIGHT)): nearest = max(nearest, deepest[row])
+            for row in range(rows[entry, 0], rows[entry, 1]): nearest = max(nearest, deepest[row])
             if nearest < k: continue
-            first, end = _rows(box, g, top)
+            first, end = np.uint64(rows[entry, 0]) * ROW, np.uint64(rows[entry, 1]) * ROW
             cx, cy, opacity = splats[g, CENTRE_X] - left_, splats[g, CENTRE_Y] - top_, splats[g, OPACITY]
             a, b, c = splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C]
             r_, g_, b_, z_ = splats[g, RED], splats[g, GREEN], splats[g, BLUE], splats[g, DEPTH]
@@ -478,21 +521,22 @@ class _Rasterize(torch.autograd.Function):
             splats, box, tiles = _project(*arrays, shape, antialiased, number(near), number(far), number(eps2d))
             order, visible = _front_to_back(splats, tiles, images, count)
             first_slot = np.cumsum(tiles)
-            start, ids, slots = _tile_lists(box, first_slot, order, visible, images, count, tiles_x, tiles_y)
-            picture, light, last = _composite(splats, box, start, ids, grid, number(ALPHA_MAX), number(ALPHA_MIN), number(TRANSMITTANCE_MIN))
-        ctx.arrays, ctx.lists, ctx.result = arrays, (splats, box, first_slot, start, ids, slots), (light, last)
+            tile_of, rows = _slots(splats, box, first_slot, tiles_x, tiles_y, count)
+            start, ids, slots, rows = _tile_lists(tile_of, rows, first_slot, order, visible, count, tiles_x * tiles_y)
+            picture, light, last = _composite(splats, start, ids, rows, grid, number(ALPHA_MAX), number(ALPHA_MIN), number(TRANSMITTANCE_MIN))
+        ctx.arrays, ctx.lists, ctx.result = arrays, (splats, first_slot, start, ids, rows, slots), (light, last)
         ctx.shapes, ctx.options = (shape, grid), (antialiased, number(eps2d), number(ALPHA_MAX), number(ALPHA_MIN))
         return torch.from_numpy(picture), torch.from_numpy(1 - light)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, v_picture, v_alpha):
-        splats, box, first_slot, start, ids, slots = ctx.lists
+        splats, first_slot, start, ids, rows, slots = ctx.lists
         light, last = ctx.result
         (shape, grid), (antialiased, eps2d, alpha_max, alpha_min) = ctx.shapes, ctx.options
         v_picture, v_alpha = (v.contiguous().numpy() for v in (v_picture, v_alpha))
         with _OneAtATime():
-            partial = _composite_backward(splats, box, start, ids, slots, last, light, v_picture, v_alpha, grid, alpha_max, alpha_min)
+            partial = _composite_backward(splats, start, ids, rows, slots, first_slot[-1], last, light, v_picture, v_alpha, grid, alpha_max, alpha_min)
             *gradients, v_w2c = _project_backward(partial, first_slot, splats, *ctx.arrays, shape, antialiased, eps2d, ctx.needs_input_grad[5])
         return *map(torch.from_numpy, gradients), torch.from_numpy(v_w2c.sum(1)), None, None, None
 
