@@ -8,6 +8,7 @@ __all__ = ['all_around', 'half_structured', 'make_sample', 'parallel_map', 'miss
 # %% ../../nbs/data/01_make.ipynb #207fa9bf
 import json
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -85,8 +86,9 @@ def _environment(values):
             else: os.environ[name] = value
 
 
-def _end_with(parent):
-    "Let this process end soon after its parent did."
+def _start_worker(parent):
+    "Leave Ctrl-C to the parent, and end soon after it did."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     def watch():
         while os.getppid() == parent: time.sleep(1)
         os._exit(1)
@@ -104,7 +106,7 @@ def parallel_map(
         yield from map(function, items)
         return
     with _environment(_THREADS):
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), _end_with, (os.getpid(),))
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),))
         waiting = deque()
         try:
             for item in items:
@@ -152,6 +154,8 @@ def make_zeroverse(
     if not isinstance(seeds, range) or seeds.step != 1 or not len(seeds) or seeds[0] < 0:
         raise ValueError(f"make_zeroverse: seeds is {seeds!r}, need a range of numbers from 0 up, such as range(4000)")
     if image_format not in EXTENSIONS: raise ValueError(f"make_zeroverse: image_format is {image_format!r}, need one of {', '.join(EXTENSIONS)}")
+    if workers < 1 or samples_per_shard < 1:
+        raise ValueError(f"make_zeroverse: workers is {workers}, samples_per_shard is {samples_per_shard}; both need to be 1 or more")
     recipe, cameras = recipe or zeroverse.PRIMITIVES, cameras or partial(all_around, views=views)
     directory = Path(directory)
     settings = dict(size=size, supersample=supersample, camera_seed=camera_seed, image_format=image_format)
