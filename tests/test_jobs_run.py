@@ -177,7 +177,7 @@ values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allo
                       lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(values)
 def test_any_value_arrives_as_itself(value):
     """What papermill writes for a value is a literal and means that value: nothing in it is ever executed."""

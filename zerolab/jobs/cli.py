@@ -49,16 +49,23 @@ def make_command(options) -> int:
     "Build a Zeroverse data set: procedural shapes, rendered, in shards."
     from zerolab.data.make import make_zeroverse
     seeds = range(options.seed, options.seed + options.objects)
-    made = make_zeroverse(options.directory, seeds, options.recipe, views=options.views, size=options.size, workers=options.workers)
-    print(f"zerolab: {options.objects} objects in {made if made is not None else options.directory}")
+    make_zeroverse(options.directory, seeds, _recipe(options.recipe), views=options.views, size=options.size, workers=options.workers)
+    print(f"zerolab: {options.objects} objects with {options.views} views each in {options.directory}")
     return 0
+
+def _recipe(name:str):
+    "The recipe that `zerolab.shapes.zeroverse` calls `name`, in capitals."
+    from zerolab.shapes import zeroverse
+    recipes = {known.lower(): recipe for known, recipe in vars(zeroverse).items() if isinstance(recipe, zeroverse.Recipe)}
+    if name.lower() not in recipes: raise ValueError(f"no recipe {name!r}: choose one of {', '.join(recipes)}")
+    return recipes[name.lower()]
 
 def download_command(options) -> int:
     "Fetch scans of Google Scanned Objects."
-    from zerolab.data.scans import download_gso
-    names = options.names.read_text(encoding="utf-8").split() if options.names else None
-    download_gso(*([names] if names else []), folder=options.directory)
-    print(f"zerolab: scans in {options.directory}; use them with ZEROLAB_SCANS={options.directory}")
+    from zerolab.data.scans import GSO_TEST, download_gso
+    names = options.names.read_text(encoding="utf-8").split() if options.names else GSO_TEST
+    download_gso(names, options.directory)
+    print(f"zerolab: {len(names)} scans in {options.directory}; use them with ZEROLAB_SCANS={options.directory}")
     return 0
 
 # %% ../../nbs/jobs/04_cli.ipynb #26cd410f
@@ -91,13 +98,13 @@ def _add_data(verbs):
     add.add_argument("--objects", type=_positive, required=True, metavar="N", help="how many shapes")
     add.add_argument("--recipe", default="primitives", help="how shapes are composed (default: %(default)s)")
     add.add_argument("--seed", type=int, default=0, help="seed of the first shape (default: %(default)s)")
-    add.add_argument("--views", type=_positive, default=32, help="pictures of each shape (default: %(default)s)")
+    add.add_argument("--views", type=_positive, default=16, help="pictures of each shape (default: %(default)s)")
     add.add_argument("--size", type=_positive, default=64, metavar="PIXELS", help="height and width of a picture (default: %(default)s)")
     add.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: one for each core, here %(default)s)")
     add.set_defaults(command=make_command)
     add = verbs.add_parser("download-gso", help="fetch Google Scanned Objects", description=download_command.__doc__)
     add.add_argument("directory", type=Path, metavar="DIR", help="where the scans go; a download that was stopped goes on there")
-    add.add_argument("--names", type=Path, metavar="FILE", help="a text file with the names of the objects to fetch (default: the built-in list)")
+    add.add_argument("--names", type=Path, metavar="FILE", help="a text file with the names of the objects to fetch (default: our test set)")
     add.set_defaults(command=download_command)
 
 def _positive(text:str) -> int:

@@ -44,15 +44,19 @@ class LocalKernel(AsyncKernelManager):
 # %% ../../nbs/jobs/00_kernel.ipynb #a4ac15b4
 def join_streams(outputs:list): # a cell's outputs, changed in place
     "Join the last output to the one before if both belong to the same stream; keep only the last state of an overwritten line."
-    last = outputs[-1]
+    last, before = outputs[-1], outputs[-2] if len(outputs) > 1 else {}
     if last["output_type"] != "stream": return
-    if len(outputs) > 1 and outputs[-2]["output_type"] == "stream" and outputs[-2]["name"] == last["name"]:
+    finished, line = "", last["text"]
+    if before.get("output_type") == "stream" and before["name"] == last["name"]:
+        head, newline, unfinished = before["text"].rpartition("\n")
+        finished, line = head + newline, unfinished + last["text"]
         outputs.pop()
-        outputs[-1]["text"] += last["text"]
-    head, newline, line = outputs[-1]["text"].replace("\r\n", "\n").rpartition("\n")
-    finished = "\n".join(done.rsplit("\r", 1)[-1] for done in head.split("\n"))
-    line, overwritten = line.rstrip("\r"), line.endswith("\r")
-    outputs[-1]["text"] = finished + newline + line.rsplit("\r", 1)[-1] + "\r" * overwritten
+    outputs[-1]["text"] = finished + "\n".join(_last_state(text) for text in line.replace("\r\n", "\n").split("\n"))
+
+def _last_state(line:str) -> str:
+    "What a terminal shows of `line`; a carriage return at its end only moves the cursor."
+    shown = line.rstrip("\r")
+    return shown.rpartition("\r")[2] + "\r" * (len(shown) < len(line))
 
 # %% ../../nbs/jobs/00_kernel.ipynb #bb248d9d
 class Keeper(NotebookExecutionManager):
@@ -78,7 +82,7 @@ class Outcome(NamedTuple):
 
     def __str__(self):
         if self.status == "done": return "done"
-        where = f" in cell [{self.cell}] `{self.line}`" if self.cell else " before the first cell"
+        where = f" in cell [{self.cell}] `{self.line}`" if self.cell else ""
         return f"{self.status}{where}" + (f": {self.error}" if self.error else "")
 
 def first_line(source:str) -> str:
@@ -92,7 +96,7 @@ class Client(PapermillNotebookClient):
     def __init__(self, keeper:Keeper, **kwargs):
         quiet = logging.getLogger("zerolab.jobs.kernel")
         quiet.disabled = True  # how it ended is said once, by `Outcome`
-        super().__init__(keeper, kernel_manager_class=LocalKernel, coalesce_streams=True, log=quiet, **kwargs)
+        super().__init__(keeper, kernel_manager_class=LocalKernel, log=quiet, **kwargs)
         self.stopped, self.index, self.loop = None, None, None
 
     def process_message(self, msg, cell, cell_index):

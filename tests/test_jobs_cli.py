@@ -1,0 +1,108 @@
+"""The command `zerolab`, mostly without a kernel."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from zerolab.jobs import cli
+from zerolab.jobs.run import RunInterrupted, RunResult
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A project folder with one experiment, as the working folder; runs are recorded instead of run."
+    cell = new_code_cell("steps = 3  # how many\nname = 'x'\nrates = [1.0]", metadata={"tags": ["parameters"]})
+    (tmp_path / "nbs/experiments").mkdir(parents=True)
+    (tmp_path / "nbs/experiments/train.ipynb").write_text(json.dumps(new_notebook(cells=[cell])))
+    monkeypatch.setenv("ZEROLAB_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    "What `run_notebook` was asked; its answer can be set as `asked['result']`."
+    asked = {"result": RunResult(Path("runs/train/1"), "done", seconds=2.)}
+    def run_notebook(path, params, **options):
+        asked.update(path=path, params=params, **options)
+        if isinstance(asked["result"], BaseException): raise asked["result"]
+        return asked["result"]
+    monkeypatch.setattr("zerolab.jobs.run.run_notebook", run_notebook)
+    return asked
+
+
+def test_values_are_read_by_the_parameters_type(project, asked, capsys):
+    assert cli.main(["run", "train", "-p", "steps", "1_000", "-p", "name", "None", "--param", "rates", "[1e-3, 2]", "--timeout", "5", "--quiet"]) == 0
+    assert asked["params"] == {"steps": 1000, "name": "None", "rates": [1e-3, 2]}
+    assert asked["timeout"] == 5 and asked["echo"] is False and asked["out"] is None
+    assert capsys.readouterr().out == "zerolab: done in 2 s: runs/train/1/report.html\n"
+
+
+def test_endings_have_exit_codes(project, asked, capsys):
+    failed = RunResult(project / "runs/train/1", "failed", 4, "failed in cell [4] `1 / 0`: ZeroDivisionError: division by zero")
+    asked["result"] = failed
+    assert cli.main(["run", "train"]) == 1
+    assert capsys.readouterr().err.splitlines() == [f"zerolab: {failed.error}", "zerolab: what it had so far is in runs/train/1"]
+    asked["result"] = RunInterrupted(failed)
+    assert cli.main(["run", "train"]) == 130
+    asked["result"] = KeyboardInterrupt()
+    assert cli.main(["run", "train"]) == 130
+    asked["result"] = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError): cli.main(["run", "train"])
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["run", "trian"], "did you mean train?"),
+    (["run", "no/such.ipynb"], "no notebook"),
+    (["run", "train", "-p", "step", "3"], "unknown parameter 'step', did you mean steps?"),
+    (["run", "train", "-p", "steps", "many"], "steps must be a whole number"),
+    (["run", "train", "-p", "rates", "__import__('os')"], "rates must be a list"),
+    (["run", "train", "--timeout", "-1"], "timeout is -1.0"),
+    (["run", "train", "--out", "/proc/nothing/here"], "cannot make a run folder"),
+])
+def test_bad_input_is_one_line(project, capsys, arguments, said):
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("zerolab: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["rnu"], ["run"], ["run", "train", "-p", "steps"], ["make", "d", "--objects", "0"], ["make", "d"]])
+def test_bad_grammar_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped: cli.main(arguments)
+    assert stopped.value.code == 2 and "zerolab" in capsys.readouterr().err
+
+
+def test_list_shows_what_a_notebook_takes(project, capsys):
+    assert cli.main(["run", "train", "--list"]) == 0
+    assert "-p steps 3   how many" in capsys.readouterr().out
+
+
+def test_make_and_download_pass_on_what_they_were_told(monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr("zerolab.data.make.make_zeroverse", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("zerolab.data.scans.download_gso", lambda *args: calls.append(args))
+    from zerolab.shapes.zeroverse import PRIMITIVES
+    make = ["make", str(tmp_path / "z"), "--objects", "3", "--seed", "10", "--views", "4", "--size", "32", "--workers", "1"]
+    assert cli.main(make) == 0
+    assert calls.pop() == ((tmp_path / "z", range(10, 13), PRIMITIVES), dict(views=4, size=32, workers=1))
+    assert cli.main([*make, "--recipe", "nothing"]) == 2 and "choose one of primitives" in capsys.readouterr().err
+    (tmp_path / "names").write_text("cup\nplate\n")
+    assert cli.main(["download-gso", str(tmp_path), "--names", str(tmp_path / "names")]) == 0
+    assert calls.pop() == (["cup", "plate"], tmp_path)
+    assert cli.main(["download-gso", str(tmp_path), "--names", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"zerolab: {tmp_path}/none: No such file or directory\n"
+
+
+def test_help_is_light_and_version_speaks():
+    script = ("import sys\nfrom zerolab.jobs.cli import main\ncode = main(['version'])\n"
+              "print({'torch', 'numpy', 'papermill', 'nbformat', 'vtk'} & set(sys.modules), code)")
+    def seconds():
+        start = time.perf_counter()
+        said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+        assert said.startswith("zerolab 0.") and said.endswith("set() 0\n")
+        return time.perf_counter() - start
+    assert min(seconds() for _ in range(3)) < 0.3
