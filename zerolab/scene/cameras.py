@@ -36,7 +36,7 @@ class Cameras:
 
     def __len__(self): return self.K.shape[-3]
     def __repr__(self):
-        return f"Cameras({' x '.join(map(str, self.K.shape[:-2]))} views of {self.height}x{self.width} px, {self.dtype}, {self.device})"
+        return f"Cameras({' x '.join(map(str, self.K.shape[:-2]))} of {self.height}x{self.width} px, {self.dtype}, {self.device})"
     def __getitem__(self, index):
         "Some of the cameras: an integer, a slice, a list or a tensor picks along V, and V stays."
         index = _keep_axis(index, self.device)

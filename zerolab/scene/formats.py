@@ -117,7 +117,10 @@ def load_colmap(
     folder = Path(folder)
     models = dict(_colmap_model(line, folder/"cameras.txt", number) for number, line in _text_lines(folder/"cameras.txt") if line)
     K, w2c, sizes, names = [], [], [], []
-    for number, line in _text_lines(folder/"images.txt")[::2]:  # every second line lists 2D points
+    lines = iter(_text_lines(folder/"images.txt"))
+    for number, line in lines:
+        if not line: continue
+        next(lines, None)  # the picture's 2D points
         where = f"{folder/'images.txt'} line {number}"
         words = line.split(maxsplit=9)
         if len(words) != 10: raise ValueError(f"{where}: {len(words)} words, need IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME")
@@ -126,7 +129,8 @@ def load_colmap(
         w2c.append(_colmap_pose(words[1:8], where))
     if not names: raise ValueError(f"{folder/'images.txt'}: no pictures")
     if len(set(sizes)) > 1: raise ValueError(f"{folder/'cameras.txt'}: picture sizes differ {sorted(set(sizes))}: Cameras hold one size")
-    return CameraFile(Cameras(torch.tensor(K, dtype=dtype), torch.tensor(np.stack(w2c), dtype=dtype), sizes[0]), names)
+    try: return CameraFile(Cameras(torch.tensor(K, dtype=dtype), torch.tensor(np.stack(w2c), dtype=dtype), sizes[0]), names)
+    except ValueError as error: raise ValueError(f"{folder}: {error}") from None
 
 # %% ../../nbs/scene/05_formats.ipynb #685be30e
 def _text_lines(path: Path) -> list[tuple[int, str]]:
@@ -134,7 +138,7 @@ def _text_lines(path: Path) -> list[tuple[int, str]]:
     try: text = path.read_text(encoding="utf-8")
     except FileNotFoundError: raise FileNotFoundError(f"load_colmap: no {path}: export text with `colmap model_converter --output_type TXT`") from None
     except UnicodeDecodeError as error: raise ValueError(f"{path}: byte {error.start} is no text") from None
-    return [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if not line.startswith("#")]
+    return [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if not line.startswith("#")]
 
 def _colmap_model(line: str, path: Path, number: int):
     "A line of cameras.txt as (id, (K, (height, width)))."

@@ -8,6 +8,8 @@ __all__ = ['SH_C0', 'Gaussians', 'sh_to_rgb', 'rgb_to_sh', 'sh_basis', 'eval_sh'
 
 # %% ../../nbs/scene/02_gaussians.ipynb #f115ef3f
 import math
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
@@ -179,15 +181,115 @@ def save_ply(
         file.write(rows.tobytes())
 
 # %% ../../nbs/scene/02_gaussians.ipynb #7862368f
-def load_ply(path: str | Path) -> Gaussians:
-    "Read a 3DGS .ply."
-    data = Path(path).read_bytes()
-    end = data.index(b"end_header\n") + len(b"end_header\n")
-    names = [line.split()[2].decode() for line in data[:end].splitlines() if line.startswith(b"property")]
-    rows = np.frombuffer(data, "<f4", offset=end).reshape(-1, len(names))
-    column = {name: torch.from_numpy(rows[:, i].copy()) for i, name in enumerate(names)}
-    pick = lambda stem, count: torch.stack([column[f"{stem}{i}"] for i in range(count)], -1)
-    rest = sum(name.startswith("f_rest_") for name in names)
-    sh = pick("f_dc_", 3)[:, None]
-    if rest: sh = torch.cat([sh, pick("f_rest_", rest).unflatten(1, (3, rest//3)).mT], 1)
-    return Gaussians(torch.stack([column[a] for a in "xyz"], -1), pick("rot_", 4), pick("scale_", 3).exp(), column["opacity"].sigmoid(), sh)
+_PLY_TYPES = {"char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
+              "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8"}
+_PLY_ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": ""}
+_PLY_HEADER_LIMIT = 1 << 20  # bytes; a 3DGS header of degree 4 takes 2,500
+
+@dataclass(frozen=True)
+class _PlyElement:
+    "A table of a .ply: so many rows of these properties."
+    name: str
+    count: int
+    properties: dict  # name to numpy type; None for a list, whose length differs from row to row
+
+# %% ../../nbs/scene/02_gaussians.ipynb #e3e63b51
+def _ply_header(file, path: Path) -> tuple[str, list[_PlyElement]]:
+    "The format and the elements; leaves `file` at the first byte of data."
+    if file.readline(8).strip() != b"ply": raise ValueError(f"{path}: byte 0: not a .ply, whose first line is `ply`")
+    order, elements = None, []
+    while True:
+        at = file.tell()
+        line = file.readline(_PLY_HEADER_LIMIT - at)
+        if not line.endswith(b"\n"): raise ValueError(f"{path}: byte {at}: the header has no end_header line within {file.tell()} bytes")
+        words = line.decode("latin-1").split()
+        match words:
+            case ["end_header"]: break
+            case [] | ["comment" | "obj_info", *_]: pass
+            case ["format", name, "1.0"] if name in _PLY_ORDERS: order = _PLY_ORDERS[name]
+            case ["element", name, count] if count.isdecimal(): elements.append(_PlyElement(name, int(count), {}))
+            case ["property", "list", _, _, name] if elements: elements[-1].properties[name] = None
+            case ["property", kind, name] if elements and kind in _PLY_TYPES and name not in elements[-1].properties:
+                elements[-1].properties[name] = _PLY_TYPES[kind]
+            case _: raise ValueError(f"{path}: byte {at}: header line {line[:80]!r} is malformed, of an unknown type, or there twice")
+    if order is None: raise ValueError(f"{path}: byte {file.tell()}: the header names no format: need ascii, binary_little_endian or binary_big_endian 1.0")
+    return order, elements
+
+# %% ../../nbs/scene/02_gaussians.ipynb #18580b44
+def _ply_vertices(path: Path) -> tuple[dict[str, np.ndarray], int, int]:
+    "The vertex table by column, the byte where it starts, and the bytes a row takes (0 for text)."
+    with open(path, "rb") as file:
+        order, elements = _ply_header(file, path)
+        skipped = []  # tables that stand before the vertices
+        for element in elements:
+            lists = [name for name, kind in element.properties.items() if kind is None]
+            if lists: raise ValueError(f"{path}: property {lists[0]} of element {element.name} is a list: rows of unknown length, no 3DGS file has them")
+            if element.name == "vertex": break
+            skipped.append(element)
+        else: raise ValueError(f"{path}: byte {file.tell()}: the header has no element vertex")
+        size = os.fstat(file.fileno()).st_size
+        if not order:
+            values = sum(e.count*len(e.properties) for e in skipped)
+            return _ply_text(file, path, element, values, size), file.tell(), 0
+        kinds = np.dtype([(name, order + kind) for name, kind in element.properties.items()])
+        start = file.tell() + sum(e.count*sum(np.dtype(kind).itemsize for kind in e.properties.values()) for e in skipped)
+        need = start + element.count*kinds.itemsize
+        if need > size: raise ValueError(f"{path}: byte {size}: the file ends, but {element.count} vertices of {kinds.itemsize} bytes need {need} bytes: truncated?")
+        file.seek(start)
+        rows = np.fromfile(file, kinds, element.count)
+    return {name: rows[name] for name in element.properties}, start, kinds.itemsize
+
+# %% ../../nbs/scene/02_gaussians.ipynb #ce87a413
+def _ply_text(file, path: Path, element: _PlyElement, skipped: int, size: int) -> dict[str, np.ndarray]:
+    "The vertex table of an ascii file, `skipped` values after the header."
+    start, total = file.tell(), element.count*len(element.properties)
+    if 2*(skipped + total) - 1 > size - start:  # a digit and a blank for each value
+        raise ValueError(f"{path}: byte {size}: the file ends, but {element.count} vertices of {len(element.properties)} values cannot fit: truncated?")
+    data = file.read()
+    words = data.split(None, skipped + total)[skipped:skipped + total]
+    if len(words) < total: raise ValueError(f"{path}: byte {size}: the file ends after {len(words)} of {total} values: truncated?")
+    try: values = np.array(words or [b"0"]).astype(np.float64)[:total]
+    except ValueError:
+        for number, found in enumerate(re.finditer(rb"\S+", data)):
+            try: float(found.group())
+            except ValueError: raise ValueError(f"{path}: byte {start + found.start()}: {found.group()[:40]!r} is no number") from None
+        raise
+    return dict(zip(element.properties, values.reshape(element.count, -1).T))
+
+# %% ../../nbs/scene/02_gaussians.ipynb #9d4b156d
+def _ply_degree(names: Sequence[str], path: Path) -> int:
+    "The SH degree that the properties give, or what is missing."
+    rest = sum(bool(re.fullmatch(r"f_rest_\d+", name)) for name in names)
+    degrees = {3*((degree + 1)**2 - 1): degree for degree in range(5)}
+    if rest not in degrees: raise ValueError(f"{path}: {rest} properties f_rest_*, need one of {sorted(degrees)} (SH degree 0 to 4)")
+    missing = [name for name in _ply_columns(degrees[rest]) if name not in names and name not in ("nx", "ny", "nz")]
+    if missing:
+        hint = "SuperSplat's compressed form: export it uncompressed" if "packed_position" in names else "is this a point cloud without Gaussians?"
+        raise ValueError(f"{path}: the vertices lack property {', '.join(missing[:4])}{' ...'*(len(missing) > 4)}: {hint}")
+    return degrees[rest]
+
+# %% ../../nbs/scene/02_gaussians.ipynb #617cdb4b
+def load_ply(
+    path: str | Path,  # a 3DGS .ply: binary of either byte order, or ascii; SH degree 0 to 4; properties in any order
+) -> Gaussians:        # float32, on the CPU
+    "Read a 3DGS .ply; a malformed one gets a ValueError that names the byte or the property."
+    path = Path(path)
+    columns, start, stride = _ply_vertices(path)
+    degree = _ply_degree(list(columns), path)
+    def read(names: Sequence[str], activation=lambda values: values) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            table = np.stack([activation(columns[name].astype(np.float64)) for name in names], -1).astype(np.float32)
+        if np.isfinite(table).all(): return table
+        vertex, column = np.argwhere(~np.isfinite(table))[0]
+        place = f"byte {start + vertex*stride}: " if stride else ""
+        raise ValueError(f"{path}: {place}property {names[column]} of vertex {vertex} is {columns[names[column]][vertex]}, beyond what float32 can use")
+    for name in (wanted := [n for n in _ply_columns(degree) if n not in ("nx", "ny", "nz")]):
+        if columns[name].dtype.kind != "f": raise ValueError(f"{path}: property {name} is {columns[name].dtype.name}, need float or double")
+    dc, rest = read([f"f_dc_{i}" for i in range(3)]), [name for name in wanted if name.startswith("f_rest_")]
+    sh = np.concatenate([dc[:, None], read(rest).reshape(len(dc), 3, -1).transpose(0, 2, 1)], 1) if rest else dc[:, None]
+    quats = read([f"rot_{i}" for i in range(4)])
+    null = np.flatnonzero(~quats.any(1))
+    if len(null): raise ValueError(f"{path}: properties rot_0 to rot_3 of vertex {null[0]} are all 0, which is no rotation")
+    sigmoid = lambda logit: 0.5 + 0.5*np.tanh(0.5*logit)  # never overflows
+    tables = read("xyz"), quats, read([f"scale_{i}" for i in range(3)], np.exp), read(["opacity"], sigmoid)[:, 0], sh
+    return Gaussians(*(torch.from_numpy(np.ascontiguousarray(table)) for table in tables))
