@@ -428,6 +428,7 @@ def check_render(mesh, cameras, supersample, light, near):
     if not near > 0: raise ValueError(f"render_mesh: near is {near}, need a positive distance")
     if light is not None and np.shape(light) != (len(mesh.positions), 4):
         raise ValueError(f"render_mesh: light has shape {np.shape(light)}, need {(len(mesh.positions), 4)}: bake_light of this very mesh")
+    if light is not None and not np.isfinite(light).all(): raise ValueError("render_mesh: light holds NaN or infinity")
 
 # %% ../../nbs/render/01_mesh.ipynb #a81d6c50
 def render_mesh(
