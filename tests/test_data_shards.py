@@ -1,0 +1,208 @@
+"Shards under fault: cut, flipped, killed, full disk; and the same bytes from any number of processes."
+import os, resource, signal, subprocess, sys, tarfile, time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zerolab.data.shards import ShardDataset, ShardError, decode_view, encode_sample, encode_view, index_path, index_shard, write_shard, write_shards
+from zerolab.scene.cameras import random_views
+from zerolab.scene.views import Views
+
+
+def noise(seed, views=3, size=(12, 10), dtype=torch.float32):
+    "Pictures of pure noise, soft alpha too: the hardest thing to store."
+    rng = np.random.default_rng(seed)
+    rgba = rng.integers(0, 256, (views, *size, 4), dtype=np.uint8)
+    rgba[rgba[..., 3] == 0] = 0
+    cameras = random_views(rng, views, size=size, dtype=dtype)
+    return Views(torch.from_numpy(rgba), cameras, caption=f"n\u00f6ise \u96ea \"{seed}\"\n", source="noise", seed=seed, quality=seed / 7 % 1)
+
+
+def same(a, b):
+    return (torch.equal(a.rgba, b.rgba) and torch.equal(a.cameras.K, b.cameras.K) and torch.equal(a.cameras.w2c, b.cameras.w2c)
+            and (a.caption, a.source, a.seed, a.quality, a.cameras.size) == (b.caption, b.source, b.seed, b.quality, b.cameras.size))
+
+
+@contextmanager
+def file_size_limit(limit):
+    "A disk that is full after `limit` bytes of any file, for real."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lossless_round_trip(tmp_path, dtype):
+    objects = [noise(seed, views=1 + seed % 4, dtype=dtype) for seed in range(7)]
+    dataset = ShardDataset(write_shards(objects, tmp_path, samples_per_shard=3))
+    assert len(dataset) == 7 and len(dataset.paths) == 3
+    assert all(same(got, wanted) for got, wanted in zip(dataset, objects))
+    assert same(dataset[-1], objects[-1]) and same(dataset.views(3, [2, 0]), objects[3][[2, 0]])
+    assert dataset[0].cameras.K.dtype == dtype
+
+
+def test_jpeg_keeps_alpha_to_the_byte_and_the_composite_closely(tmp_path):
+    y, x = np.mgrid[:64, :64] / 63
+    alpha = np.rint(255 * np.clip(3 - 8 * np.hypot(x - 0.5, y - 0.5), 0, 1))
+    rgba = np.rint(np.stack([255 * x, 255 * y, 255 * (1 - x), alpha], -1)).astype(np.uint8)
+    rgba[rgba[..., 3] == 0] = 0
+    got = decode_view(encode_view(rgba, "jpeg"), (64, 64))
+    assert (got[..., 3] == rgba[..., 3]).all() and (got[got[..., 3] == 0] == 0).all()
+    over_white = [(p[..., :3] * (p[..., 3:] / 255.0) + 255 - p[..., 3:]) for p in (rgba, got)]
+    assert 10 * np.log10(255**2 / np.square(over_white[0] - over_white[1]).mean()) > 38
+
+
+@pytest.mark.parametrize("image_format", ["webp", "jpeg"])
+def test_webdataset_reads_them(tmp_path, image_format):
+    import webdataset
+    write_shards([noise(seed) for seed in range(5)], tmp_path, samples_per_shard=2, image_format=image_format)
+    dataset = ShardDataset(tmp_path)
+    samples = list(webdataset.WebDataset([str(path) for path in dataset.paths], shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{i:08d}" for i in range(5)]
+    for sample, views in zip(samples, dataset):
+        for view in range(3):
+            files = {name.split(".")[1]: data for name, data in sample.items() if name.startswith(f"{view:02d}.")}
+            assert (decode_view(files, (12, 10)) == views.rgba[view].numpy()).all()
+
+
+def test_tar_headers_name_nobody(tmp_path):
+    write_shards([noise(0)], tmp_path)
+    for member in tarfile.open(tmp_path / "000000.tar"):
+        assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (0, 0, 0, "", 0o644)
+
+
+def test_every_cut_is_noticed(tmp_path):
+    path = tmp_path / "000000.tar"
+    write_shard(path, [encode_sample(noise(seed, views=1), seed) for seed in range(2)])
+    whole = path.read_bytes()
+    used = len(whole.rstrip(b"\0"))
+    for size in [0, 1, 511, 512, *range(513, used, 197), used - 1, used + 600]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ShardError, match="000000.tar") as error: ShardDataset(tmp_path)
+        assert str(size) in str(error.value) and "\n" not in str(error.value)
+        if size < used:
+            with pytest.raises(ShardError, match="000000.tar"): index_shard(path)
+
+
+def test_no_flipped_byte_gives_a_wrong_picture(tmp_path):
+    path = tmp_path / "000000.tar"
+    wanted = noise(1, views=2)
+    write_shard(path, [encode_sample(wanted, 0)])
+    whole, noticed = path.read_bytes(), 0
+    for place in np.random.default_rng(0).integers(0, len(whole.rstrip(b"\0")), 150):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1:])
+        try: assert same(ShardDataset(tmp_path)[0], wanted)  # the flip hit a header or padding, which the index does without
+        except ShardError as error:
+            noticed += 1
+            assert "000000.tar" in str(error) and "byte" in str(error) and "00000000" in str(error)
+    assert noticed > 30
+
+
+def test_damaged_index(tmp_path):
+    path = tmp_path / "000000.tar"
+    wanted = noise(1)
+    write_shard(path, [encode_sample(wanted, 0)])
+    index = index_path(path).read_bytes()
+    for place in np.random.default_rng(0).integers(0, len(index), 60):
+        index_path(path).write_bytes(index[:place] + bytes([index[place] ^ 0x10]) + index[place + 1:])
+        try: assert same(ShardDataset(tmp_path)[0], wanted)
+        except ShardError: pass
+    index_path(path).write_bytes(index[:100])
+    with pytest.raises(ShardError, match="no shard index"): ShardDataset(tmp_path)
+    index_path(path).unlink()  # it is made again
+    assert same(ShardDataset(tmp_path)[0], wanted) and index_path(path).read_bytes() == index
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            import io
+            tar.addfile(header, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda members: members | {"readme.txt": b"hello"}, "member readme.txt at byte"),
+    (lambda members: {name: data for name, data in members.items() if not name.endswith("json")}, "is not whole"),
+    (lambda members: {name: data for name, data in members.items() if ".01." not in name}, "is not whole"),
+    (lambda members: {name: data for name, data in members.items() if name.endswith("json")}, "holds pictures of kinds"),
+    (lambda members: members | {"00000000.json": b"{}"}, "member 00000000.json at byte 512 is no description"),
+    (lambda members: members | {"00000000.json": b"[" * 100_000}, "is no description"),
+    (lambda members: members | {"00000000.json": members["00000000.json"].replace(b'"size":[12,10]', b'"size":[10,12]')}, "is 12 x 10 pixels"),
+    (lambda members: members | {"00000000.01.webp": b"\x89PNG"}, "member 00000000.01.webp at byte"),
+    (lambda members: members | {"00000000.01.webp": members["00000000.01.webp"][:-9]}, "member 00000000.01.webp at byte"),
+])
+def test_foreign_tars(tmp_path, change, message):
+    tar_of(tmp_path / "000000.tar", change(encode_sample(noise(0), 0)).items())
+    with pytest.raises(ShardError, match=message): ShardDataset(tmp_path)[0]
+
+
+def test_shards_are_written_once(tmp_path):
+    objects = [noise(seed) for seed in range(6)]
+    write_shards(objects, tmp_path, samples_per_shard=4)
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    write_shards(objects, tmp_path, samples_per_shard=4)
+    assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    for other in ([noise(9), *objects[1:]], objects[:3]):
+        with pytest.raises(ShardError, match="holds other samples"): write_shards(other, tmp_path, samples_per_shard=4)
+    with pytest.raises(ShardError, match="holds other samples"): write_shards(objects, tmp_path, samples_per_shard=4, image_format="jpeg")
+
+
+@pytest.mark.parametrize("limit", [600, 4000])
+def test_full_disk_leaves_nothing_half_written(tmp_path, limit):
+    objects = [noise(seed) for seed in range(4)]
+    with file_size_limit(limit), pytest.raises(OSError): write_shards(objects, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    write_shards(objects, tmp_path)
+    assert len(ShardDataset(tmp_path)) == 4 and len(list(tmp_path.iterdir())) == 2
+
+
+def alive(pid):
+    "Whether a process runs, zombies not counted."
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError: return False
+
+
+SETTINGS = dict(views=2, size=16, supersample=1, samples_per_shard=3, progress=False)
+KILLED = """
+import sys
+from zerolab.data.make import make_zeroverse
+if __name__ == "__main__": make_zeroverse(sys.argv[1], range(12), workers=2, views=2, size=16, supersample=1, samples_per_shard=3, progress=False)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for orphans in /proc")
+def test_make_zeroverse_survives_kill_and_any_number_of_workers(tmp_path):
+    from zerolab.data.make import make_zeroverse
+    whole = make_zeroverse(tmp_path / "whole", range(12), **SETTINGS)
+    cut, script = tmp_path / "cut", tmp_path / "killed.py"
+    script.write_text(KILLED)
+    process = subprocess.Popen([sys.executable, script, cut], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    deadline = time.time() + 120
+    while not list(cut.glob("0*.tar")) and process.poll() is None and time.time() < deadline: time.sleep(0.01)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.wait()
+    assert 1 <= len(list(cut.glob("0*.tar"))) < 4 and children
+    make_zeroverse(cut, range(12), **SETTINGS)
+    expected = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert {path.name: path.read_bytes() for path in cut.iterdir()} == expected
+    while any(map(alive, children)) and time.time() < deadline: time.sleep(0.1)
+    assert not any(map(alive, children)), "workers outlived their killed parent"
+
+
+def broken_cameras(rng, size): raise ArithmeticError("nowhere to stand")
+
+
+def test_make_zeroverse_says_which_seed_failed(tmp_path):
+    from zerolab.data.make import half_structured, make_zeroverse
+    with pytest.raises(RuntimeError, match="seed 5 failed .*nowhere to stand"): make_zeroverse(tmp_path, range(5, 7), cameras=broken_cameras, **SETTINGS)
+    assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob(".tmp*"))
+    with pytest.raises(ValueError, match="cameras = .*broken_cameras"):
+        make_zeroverse(tmp_path, range(5, 7), cameras=partial(half_structured, views=9), **SETTINGS)
