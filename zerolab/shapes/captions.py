@@ -47,8 +47,8 @@ class Part:
 
 # %% ../../nbs/shapes/03_captions.ipynb #5956883d
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_SIZES, _FORMS, _FINISHES = ("large", "medium", "small"), ("long", "flat", "round"), ("bumpy", "metallic", "faceted")
-_GLUE = ("a", "and", "of", "other", "others", "part", "parts", "shape", "smaller", "with")
+_SIZES, _FORMS, _FINISHES = ("large", "medium", "small"), ("long", "flat"), ("bumpy", "metallic", "faceted")
+_GLUE = ("a", "and", "of", "others", "part", "parts", "shape", "smaller", "with")
 VOCABULARY = frozenset(KINDS + COLOURS + PATTERNS + NUMBERS + _SIZES + _FORMS + _FINISHES + _GLUE)
 
 

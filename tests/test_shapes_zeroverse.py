@@ -1,0 +1,169 @@
+"""What every shape must be: closed, outward, finite, described, and the same bytes every time."""
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from zerolab.shapes.captions import VOCABULARY
+from zerolab.shapes.heightfield import displace, height_field
+from zerolab.shapes.primitives import KINDS, facet, join, move_patch, primitive, random_rotation, scale_patch, weld
+from zerolab.shapes.textures import PATTERNS, make_texture
+from zerolab.shapes.zeroverse import HEIGHT_FIELD, PRIMITIVES, VERSION, make_part, make_shape, part_count
+
+SMALL = replace(HEIGHT_FIELD, texture_size=16, resolution=8)
+
+
+def random_part(kind, seed, resolution=12):
+    "A stretched, bumpy, turned primitive."
+    rng = np.random.default_rng(seed)
+    half_extents, rotation, centre = rng.uniform(.25, 2, 3), random_rotation(rng), rng.uniform(-1, 1, 3)
+    patches = [scale_patch(patch, half_extents) for patch in primitive(kind, resolution)]
+    bumpy = [displace(patch, height_field(rng, patch.positions.shape[:2], .1 * half_extents.min(), patch.wraps)) for patch in patches]
+    return [move_patch(patch, rotation, centre) for patch in bumpy]
+
+
+def assert_closed(positions, faces):
+    "Each edge once in either direction, and a positive volume."
+    corners = weld(positions)[faces]
+    edges = np.concatenate([corners[:, [0, 1]], corners[:, [1, 2]], corners[:, [2, 0]]]).astype(np.int64)
+    forward, backward = edges[:, 0] << 32 | edges[:, 1], edges[:, 1] << 32 | edges[:, 0]
+    assert (edges[:, 0] != edges[:, 1]).all()
+    assert len(np.unique(forward)) == len(forward)
+    np.testing.assert_array_equal(np.sort(forward), np.sort(backward))
+    a, b, c = np.moveaxis(positions[faces].astype(float), 1, 0)
+    assert np.einsum("fk,fk->", a, np.cross(b, c)) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("resolution", [3, 7, 24])
+def test_primitives_are_closed(kind, resolution):
+    geometry = join(primitive(kind, resolution))
+    assert_closed(geometry.positions, geometry.faces)
+    assert np.abs(geometry.positions).max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bumpy_parts_are_closed_in_float32(kind):
+    for seed in range(5):
+        geometry = join(random_part(kind, seed))
+        assert_closed(geometry.positions.astype(np.float32), geometry.faces)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_manifold_library_agrees(kind):
+    manifold3d = pytest.importorskip("manifold3d")
+    geometry = join(random_part(kind, 3))
+    ids = weld(geometry.positions)
+    places = np.zeros((ids.max() + 1, 3), np.float32)
+    places[ids] = geometry.positions
+    solid = manifold3d.Manifold(manifold3d.Mesh(places, ids[geometry.faces].astype(np.uint32)))
+    assert solid.status() == manifold3d.Error.NoError
+    assert solid.volume() > 0
+    assert solid.genus() == (1 if kind == "torus" else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_normals_are_unit_and_outward(kind):
+    for patches in (primitive(kind, 24), [scale_patch(patch, (.3, 1., 1.9)) for patch in primitive(kind, 24)], random_part(kind, 1, 24)):
+        geometry = join(patches)
+        np.testing.assert_allclose(np.linalg.norm(geometry.normals, axis=1), 1, atol=1e-9)
+        a, b, c = np.moveaxis(geometry.positions[geometry.faces], 1, 0)
+        cross = np.cross(b - a, c - a)
+        agreement = np.einsum("fk,fk->f", geometry.normals[geometry.faces].mean(1), cross) / np.linalg.norm(cross, axis=1)
+        assert (agreement > 0).mean() > .995 and agreement.mean() > .95     # a fold of a steep bump may be seen edge-on
+
+
+def test_flat_surfaces_keep_their_shape():
+    geometry = join(primitive("torus", 6))
+    flat = facet(geometry, [0])
+    np.testing.assert_array_equal(flat.positions[flat.faces], geometry.positions[geometry.faces])
+    a, b, c = np.moveaxis(flat.positions[flat.faces], 1, 0)
+    assert (np.einsum("fck,fk->fc", flat.normals[flat.faces], np.cross(b - a, c - a)) > 0).all()
+
+
+def test_textures_tile():
+    "A picture that tiles steps no more across the wrap than inside; its half does."
+    def excess(albedo):
+        lines = albedo.astype(float)
+        return max(np.abs(side[0] - side[-1]).mean() / max(np.abs(np.diff(side, axis=0)).mean((1, 2)).max(), 1.) for side in (lines, lines.swapaxes(0, 1)))
+    textures = [make_texture(np.random.default_rng(seed), 64) for seed in range(120)]
+    assert {texture.pattern for texture in textures} == set(PATTERNS)
+    by_pattern = {name: np.mean([excess(texture.albedo) for texture in textures if texture.pattern == name]) for name in PATTERNS}
+    assert max(by_pattern.values()) < 1.2, by_pattern
+    assert excess(next(texture.albedo for texture in textures if texture.pattern == "cloudy")[:32, :32]) > 1.5
+
+
+def test_counts_follow_the_paper():
+    counts = np.bincount([part_count(seed) for seed in range(100_000, 104_000)], minlength=10)[1:]
+    weights = np.array([5, 5, 5, 5, 5, 4, 3, 2, 1])
+    expected = weights / weights.sum() * counts.sum()
+    assert ((counts - expected)**2 / expected).sum() < 26.1       # 8 degrees of freedom, p = 0.001
+
+
+def test_surfaces_and_kinds_are_all_drawn():
+    parts = [part for seed in range(60) for part in make_shape(seed, replace(SMALL, resolution=4)).parts]
+    surfaces = [surface for part in parts for surface in part.surfaces]
+    assert {part.kind for part in parts} == set(KINDS)
+    assert {surface.pattern for surface in surfaces} == set(PATTERNS)
+    assert .4 < np.mean([surface.height > 0 for surface in surfaces]) < .6
+    assert .05 < np.mean([surface.faceted for surface in surfaces]) < .15
+    extents = np.array([part.half_extents for part in parts])
+    assert .25 <= extents.min() < .35 and 1.9 < extents.max() <= 2 and np.abs([part.centre for part in parts]).max() <= 1
+
+
+def test_part_zero_does_not_depend_on_the_number_of_parts():
+    one, nine = replace(SMALL, count_weights=(1,)), replace(SMALL, count_weights=(0,) * 8 + (1,))
+    for seed in range(10):
+        alone, crowd = make_shape(seed, one), make_shape(seed, nine)
+        assert alone.parts == crowd.parts[:1]
+        np.testing.assert_array_equal(alone.mesh.albedo, crowd.mesh.albedo[:len(alone.mesh.albedo)])
+        part, patches, _ = make_part(seed, 0, SMALL)
+        assert part == alone.parts[0] and len(patches) == len(part.surfaces)
+
+
+def test_every_seed_builds():
+    for seed in range(201):
+        shape = make_shape(seed, SMALL)
+        mesh = shape.mesh                       # its constructor refuses NaN, wrong indices and normals that are not unit
+        assert 1 <= len(shape.parts) <= 9
+        assert np.isfinite(mesh.uvs).all()
+        assert np.ptp(mesh.positions, axis=0).max() == pytest.approx(1.8, abs=1e-5)
+        assert np.abs(mesh.bounds.sum(0)).max() < 1e-5
+        assert set(np.unique(mesh.material_ids)) == set(range(len(mesh.albedo)))
+        assert 3 <= len(shape.caption.split()) <= 5
+        for sentence in (shape.caption, shape.dense_caption):
+            assert set(sentence.replace(",", "").replace(":", "").split()) <= VOCABULARY
+
+
+DIGEST = """
+import hashlib
+from zerolab.shapes.zeroverse import HEIGHT_FIELD, make_shape
+digest = hashlib.sha256()
+for seed in range(4):
+    shape = make_shape(seed, HEIGHT_FIELD)
+    for name in ("positions", "normals", "uvs", "faces", "material_ids", "albedo", "roughness", "metallic"): digest.update(getattr(shape.mesh, name).tobytes())
+    digest.update(repr((shape.parts, shape.caption, shape.dense_caption)).encode())
+print(digest.hexdigest())
+"""
+
+
+def test_same_bytes_in_every_process():
+    digests = {subprocess.run([sys.executable, "-c", DIGEST], env={**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": threads},
+                              capture_output=True, text=True, check=True).stdout for hash_seed, threads in (("1", "1"), ("77", "2"))}
+    assert len(digests) == 1
+
+
+def test_version_guards_the_bytes():
+    "If this fails, the same seed gives another shape than before: raise VERSION, and say so where data sets are made."
+    shape = make_shape(2024, PRIMITIVES)
+    summary = hashlib.sha256(repr([(part.kind, [round(x, 6) for x in part.half_extents], [(s.pattern, s.colours) for s in part.surfaces]) for part in shape.parts]).encode())
+    assert (VERSION, summary.hexdigest()[:16]) == (1, "1b0ff702eb19e59b")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "7", None, True])
+def test_bad_seeds_are_refused(seed):
+    with pytest.raises(ValueError, match="must be a whole number"): make_shape(seed)
