@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..scene.cameras import Cameras
+from .projection import hide_unsound
 from ..scene.gaussians import Gaussians, eval_sh
 
 # %% ../../nbs/render/04_splats.ipynb #c79d4a3e
@@ -61,6 +62,7 @@ def sh_colors(
     "The colour of each Gaussian as each camera sees it."
     sh, means = gaussians.sh[..., None, :, :, :], gaussians.means[..., None, :, :]
     if gaussians.sh_degree == 0: return eval_sh(sh, torch.zeros_like(means)).clamp_min(0)
+    means = means.nan_to_num(0, 0, 0)      # such a Gaussian is not drawn, and its gradients stay 0
     directions = torch.nn.functional.normalize(means - cameras.centers[..., None, :], dim=-1)
     return eval_sh(sh, directions).clamp_min(0)
 
@@ -80,7 +82,8 @@ def _draw_gsplat(means, quats, scales, opacities, colors, w2c, K, size, *, antia
     "The same call on gsplat's CUDA kernels, which are float32 only."
     from gsplat import rasterization
     means, quats, scales, opacities, colors, w2c, K = (x.float() for x in (means, quats, scales, opacities, colors, w2c, K))
-    colors = colors.expand(-1, w2c.shape[1], -1, -1)
+    means, quats, scales, opacities = hide_unsound(means, quats, scales, opacities, colors)
+    colors = colors.nan_to_num(0, 0, 0).expand(-1, w2c.shape[1], -1, -1)
     picture, alpha, _ = rasterization(means, quats, scales, opacities, colors, w2c, K, size[1], size[0], near_plane=near, far_plane=far,
                                       eps2d=eps2d, packed=False, render_mode="RGB+D",
                                       rasterize_mode="antialiased" if antialiased else "classic")

@@ -114,11 +114,12 @@ def _project(means, quats, scales, opacities, colors, w2c, lens, shape, antialia
             determinant = wide_xx * wide_yy - xy * xy
             if antialiased: opacity = opacities[n] * math.sqrt(max((xx * yy - xy * xy) / determinant, ZERO))
             center_x, center_y = lens[i, 0] * x + lens[i, 2], lens[i, 1] * y + lens[i, 3]
-            if not (determinant > ZERO and math.isfinite(determinant + center_x + center_y + opacity)): continue
+            c = (scene * color_views + view % color_views) * count + n % count
+            color = colors[c, 0] + colors[c, 1] + colors[c, 2]
+            if not (determinant > ZERO and math.isfinite(determinant + center_x + center_y + opacity + color)): continue
             inverse = ONE / determinant
             splats[g, CENTRE_X], splats[g, CENTRE_Y], splats[g, OPACITY], splats[g, DEPTH] = center_x, center_y, opacity, z
             splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C] = wide_yy * inverse, -xy * inverse, wide_xx * inverse
-            c = (scene * color_views + view % color_views) * count + n % count
             splats[g, RED], splats[g, GREEN], splats[g, BLUE] = colors[c, 0], colors[c, 1], colors[c, 2]
             tiles[g + 1] = _box(splats, g, wide_xx, wide_yy, width, height, box)
     return splats, box, tiles

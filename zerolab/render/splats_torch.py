@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .projection import ALPHA_MAX, ALPHA_MIN, TRANSMITTANCE_MIN, Projection, project_gaussians
+from .projection import ALPHA_MAX, ALPHA_MIN, TRANSMITTANCE_MIN, Projection, hide_unsound, project_gaussians
 
 # %% ../../nbs/render/03a_splats_torch.ipynb #321a0ee4
 def blend(
@@ -52,12 +52,12 @@ def draw_image(
     top, bottom = ((splats.means2d[:, 1] + sign * splats.radii[:, 1])[order] for sign in (-1, 1))
     rows = torch.arange(height, device=colors.device, dtype=colors.dtype) + 0.5
     columns = torch.arange(width, device=colors.device, dtype=colors.dtype) + 0.5
+    draw = lambda pixels, means2d, conics, opacities, colors: blend(alphas_at(pixels, means2d, conics, opacities), colors)
     bands = []
     for y in rows.split(band):
         ids = order[(bottom >= y[0]) & (top <= y[-1])]
         pixels = torch.cartesian_prod(y, columns).flip(-1)
-        draw = lambda means2d, conics, opacities, colors: blend(alphas_at(pixels, means2d, conics, opacities), colors)
-        bands.append(checkpoint(draw, splats.means2d[ids], splats.conics[ids], splats.opacities[ids], colors[ids], use_reentrant=False))
+        bands.append(checkpoint(draw, pixels, splats.means2d[ids], splats.conics[ids], splats.opacities[ids], colors[ids], use_reentrant=False))
     colors, alphas = (torch.cat(x) for x in zip(*bands))
     return colors.unflatten(0, (height, width)), alphas.unflatten(0, (height, width))
 
@@ -74,6 +74,7 @@ def rasterize(
     **options,        # antialiased, near, far, eps2d of `project_gaussians`
 ) -> tuple[Tensor, Tensor]: # [B,V,H,W,4] red, green, blue and weighted depth on black; [B,V,H,W] alpha
     "What `zerolab.render.splats_cpu.rasterize` does, for small scenes, on any device."
+    means, quats, scales, opacities = hide_unsound(means, quats, scales, opacities, colors)
     splats = project_gaussians(means, quats, scales, opacities, w2c, K, size, **options)
     colors = torch.cat([colors.expand(-1, w2c.shape[1], -1, -1), splats.depths[..., None]], -1)
     images = [draw_image(Projection(*one), color, size) for *one, color in zip(*(x.flatten(0, 1) for x in (*splats, colors)))]
