@@ -64,7 +64,7 @@ def test_silhouettes_stand_where_points_project():
     "Balls at known places: the traced mask's centroid is the projected centre (corrected for perspective), which half a pixel would break."
     trimesh = pytest.importorskip("trimesh"); pytest.importorskip("embreex")
     centres = np.random.default_rng(3).uniform(-0.3, 0.3, (6, 3))
-    cameras, radius = off_centre_rig(), 0.03
+    cameras, radius, errors = off_centre_rig(), 0.03, []
     for view in range(len(cameras)):
         one = cameras[view]
         for centre in centres:
@@ -79,7 +79,8 @@ def test_silhouettes_stand_where_points_project():
             centroid = np.array([columns.mean() + 0.5 + left, rows.mean() + 0.5 + top])
             stretch = 1 + (radius/depth[0])**2  # a ball's outline is an ellipse, a little further from the axis than the centre
             expected = OFF_CENTRE[:2, 2].numpy() + (uv[0] - OFF_CENTRE[:2, 2].numpy())*stretch
-            assert np.abs(centroid - expected).max() < 0.08  # half a pixel would show six times over
+            errors.append(centroid - expected)
+    assert np.abs(errors).max() < 0.25 and np.abs(np.mean(errors, 0)).max() < 0.03  # pixels; a mask of 500 of them is that exact
 
 
 def test_depth_map_of_a_ball_is_the_analytic_one():

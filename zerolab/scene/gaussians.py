@@ -171,9 +171,13 @@ def save_ply(
     means, quats, scales, opacities, sh = (t.detach().cpu().double().numpy() for t in gaussians.tensors())
     tiny = 1e-7  # a logit must stay finite; 1 - 1e-7 is the float32 next below 1
     opacities, scales = opacities.clip(tiny, 1 - tiny), scales.clip(np.finfo(np.float32).tiny)
-    rest = sh[:, 1:].transpose(0, 2, 1).reshape(len(sh), -1)
+    rest = sh[:, 1:].transpose(0, 2, 1).reshape(len(sh), 3*(sh.shape[1] - 1))
     columns = [means, np.zeros_like(means), sh[:, 0], rest, np.log(opacities/(1 - opacities))[:, None], np.log(scales), quats]
     rows = np.concatenate(columns, 1).astype("<f4")
+    bad = np.argwhere(~np.isfinite(rows))
+    if len(bad):
+        row, column = bad[0]
+        raise ValueError(f"save_ply: {_ply_columns(gaussians.sh_degree)[column]} of Gaussian {row} is {rows[row, column]}: drop such Gaussians before saving")
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}",
               *(f"property float {name}" for name in _ply_columns(gaussians.sh_degree)), "end_header", ""]
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -254,7 +258,7 @@ def _ply_text(file, path: Path, element: _PlyElement, skipped: int, size: int) -
             try: float(found.group())
             except ValueError: raise ValueError(f"{path}: byte {start + found.start()}: {found.group()[:40]!r} is no number") from None
         raise
-    return dict(zip(element.properties, values.reshape(element.count, -1).T))
+    return dict(zip(element.properties, values.reshape(element.count, len(element.properties)).T))
 
 # %% ../../nbs/scene/02_gaussians.ipynb #9d4b156d
 def _ply_degree(names: Sequence[str], path: Path) -> int:
@@ -277,7 +281,7 @@ def load_ply(
     columns, start, stride = _ply_vertices(path)
     degree = _ply_degree(list(columns), path)
     def read(names: Sequence[str], activation=lambda values: values) -> np.ndarray:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             table = np.stack([activation(columns[name].astype(np.float64)) for name in names], -1).astype(np.float32)
         if np.isfinite(table).all(): return table
         vertex, column = np.argwhere(~np.isfinite(table))[0]
@@ -286,7 +290,7 @@ def load_ply(
     for name in (wanted := [n for n in _ply_columns(degree) if n not in ("nx", "ny", "nz")]):
         if columns[name].dtype.kind != "f": raise ValueError(f"{path}: property {name} is {columns[name].dtype.name}, need float or double")
     dc, rest = read([f"f_dc_{i}" for i in range(3)]), [name for name in wanted if name.startswith("f_rest_")]
-    sh = np.concatenate([dc[:, None], read(rest).reshape(len(dc), 3, -1).transpose(0, 2, 1)], 1) if rest else dc[:, None]
+    sh = np.concatenate([dc[:, None], read(rest).reshape(len(dc), 3, len(rest)//3).transpose(0, 2, 1)], 1) if rest else dc[:, None]
     quats = read([f"rot_{i}" for i in range(4)])
     null = np.flatnonzero(~quats.any(1))
     if len(null): raise ValueError(f"{path}: properties rot_0 to rot_3 of vertex {null[0]} are all 0, which is no rotation")

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
+import zerolab
+
 # %% ../../nbs/scene/00_paths.ipynb #cb0e85e8
 def _is_root(folder: Path) -> bool:
     settings = folder/"settings.ini"
@@ -28,7 +30,7 @@ def root() -> Path:
         if not folder.is_dir(): raise FileNotFoundError(f"ZEROLAB_ROOT={named} is no folder: make it, or unset the variable")
         return folder.resolve()
     here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
+    for folder in (here, *here.parents, Path(zerolab.__file__).resolve().parents[1]):
         if _is_root(folder): return folder
     raise FileNotFoundError(f"no zerolab project at or above {here}: change into one, or set ZEROLAB_ROOT to a folder for data and runs")
 
@@ -72,6 +74,7 @@ def atomic_path(
 ) -> Iterator[Path]:   # a temporary path beside it: write there
     "Write a file whole or not at all: the temporary path takes `path`'s name when the block ends, and goes when it raises."
     target = Path(os.path.realpath(path))  # through links: the link stays, what it names is replaced
+    if target.is_dir(): raise FileExistsError(f"atomic_path: {target} is a folder already: remove it, or write to another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
     try:
@@ -101,8 +104,13 @@ def write_json(
     with atomic_path(path) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
 
 # %% ../../nbs/scene/00_paths.ipynb #bfd60820
+_JSON_LIMIT = 1 << 28  # bytes; a parsed file takes about ten times its size in memory
+
 def read_json(path: str | Path) -> Any:
     "Read a JSON file; what is wrong with it is said with its name."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        size = Path(path).stat().st_size
+        if size > _JSON_LIMIT: raise ValueError(f"{size} bytes, more than the {_JSON_LIMIT} that are read at once")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise FileNotFoundError(f"read_json: no file {path}") from None
-    except (ValueError, RecursionError) as error: raise ValueError(f"read_json: {path} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error: raise ValueError(f"read_json: {path} is no JSON that can be read: {error}") from None
