@@ -61,7 +61,7 @@ def _screen_rows(w2c, lens, i, slope_x, slope_y, inverse_z):
             fx * (w2c[i, 0, 2] - slope_x * w2c[i, 2, 2]), fy * (w2c[i, 1, 0] - slope_y * w2c[i, 2, 0]),
             fy * (w2c[i, 1, 1] - slope_y * w2c[i, 2, 1]), fy * (w2c[i, 1, 2] - slope_y * w2c[i, 2, 2]))
 
-
+# %% ../../nbs/render/03_splats_cpu.ipynb #66474d91
 @njit(cache=True, error_model="numpy")
 def _times(row, axes):
     "A row of three times a 3x3 matrix."
@@ -74,7 +74,7 @@ def _dot(a, b):
     "The scalar product of two triples."
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
-# %% ../../nbs/render/03_splats_cpu.ipynb #66474d91
+# %% ../../nbs/render/03_splats_cpu.ipynb #49d501bc
 @njit(cache=True, error_model="numpy")
 def _box(splats, g, variance_x, variance_y, width, height, box):
     "Write the pixels `x0, x1, y0, y1` (inclusive) where splat `g` may reach `ALPHA_MIN`; return how many tiles they touch."
@@ -90,7 +90,7 @@ def _box(splats, g, variance_x, variance_y, width, height, box):
     box[g, 0], box[g, 1], box[g, 2], box[g, 3] = x0, x1, y0, y1
     return (x1 // TILE_WIDTH - x0 // TILE_WIDTH + 1) * (y1 // TILE_HEIGHT - y0 // TILE_HEIGHT + 1)
 
-
+# %% ../../nbs/render/03_splats_cpu.ipynb #3bc18658
 @njit(parallel=True, cache=True, error_model="numpy")
 def _project(means, quats, scales, opacities, colors, w2c, lens, shape, antialiased, near, far, eps2d):
     "Ten numbers per (image, Gaussian), the box of pixels that each touches, and how many tiles that makes."
@@ -153,7 +153,7 @@ def _front_to_back(splats, tiles, images, count):
         for k in range(visible[i]): order[i, k] = ids[k]
     return order, visible
 
-# %% ../../nbs/render/03_splats_cpu.ipynb #487d1fc7
+# %% ../../nbs/render/03_splats_cpu.ipynb #208645ed
 @njit(cache=True, error_model="numpy")
 def _ellipse(splats, g):
     "What bounds splat `g` in a column of tiles: `y = slope x +- sqrt(roof - bend x^2)`, and the `x` where it reaches lowest."
@@ -174,7 +174,7 @@ def _column_rows(splats, g, box, column, ellipse):
     high = slope * x_high - math.sqrt(max(roof - bend * x_high * x_high, 0.0)) + splats[g, CENTRE_Y] - 0.5
     return max(int(math.ceil(high)), box[g, 2]), min(int(math.floor(low)), box[g, 3])
 
-
+# %% ../../nbs/render/03_splats_cpu.ipynb #fc539d49
 @njit(parallel=True, cache=True, error_model="numpy")
 def _slots(splats, box, first_slot, tiles_x, tiles_y, count):
     "For each (splat, tile) pair, in the order of the splats: the tile (-1: not needed), and the rows `[first, end)` touched in it."
@@ -195,7 +195,7 @@ def _slots(splats, box, first_slot, tiles_x, tiles_y, count):
                 slot += 1
     return tile_of, rows
 
-
+# %% ../../nbs/render/03_splats_cpu.ipynb #c555c67b
 @njit(parallel=True, cache=True)
 def _tile_lists(tile_of, rows, first_slot, order, visible, count, tiles_per_image):
     "For each tile its entries from front to back: the splat, its rows there, and the slot of the pair."
@@ -218,7 +218,7 @@ def _tile_lists(tile_of, rows, first_slot, order, visible, count, tiles_per_imag
                 entry_rows[entry, 0], entry_rows[entry, 1] = rows[slot, 0], rows[slot, 1]
     return start, splat, slots, entry_rows
 
-# %% ../../nbs/render/03_splats_cpu.ipynb #208645ed
+# %% ../../nbs/render/03_splats_cpu.ipynb #6b014165
 def _exp_minus(x):
     "exp(-x); inside the kernels float32 takes a polynomial that LLVM can vectorise."
     return math.exp(-x)
@@ -242,7 +242,7 @@ def _exp_minus_for(x):
         return p * np.int32((127 - n) << 23).view(np.float32)
     return polynomial
 
-
+# %% ../../nbs/render/03_splats_cpu.ipynb #f7b377c2
 @njit(cache=True)
 def _pixel_centres(dtype):
     "Offsets of a tile's pixel centres from its corner."
@@ -315,7 +315,7 @@ def _after_the_last(light, hit, v_picture, v_alpha, i, top, left):
             for channel in range(4): v[channel, q] = v_picture[i, top + row, left + column, channel]
     return running, behind, v, deepest
 
-
+# %% ../../nbs/render/03_splats_cpu.ipynb #a5a65907
 @njit(parallel=True, fastmath=REORDER, cache=True, error_model="numpy")
 def _composite_backward(splats, start, ids, rows, slots, slot_count, last, light, v_picture, v_alpha, shape, alpha_max, alpha_min):
     "The gradient of every (tile, splat) pair, each in its own slot: from back to front, undoing the forward pass."
@@ -374,42 +374,6 @@ def _composite_backward(splats, start, ids, rows, slots, slot_count, last, light
             partial[s, RED], partial[s, GREEN], partial[s, BLUE], partial[s, DEPTH] = sum_red, sum_green, sum_blue, sum_depth
     return partial
 
-# %% ../../nbs/render/03_splats_cpu.ipynb #a5a65907
-@njit(cache=True, error_model="numpy")
-def _covariance_backward(v_xx, v_xy, v_yy, p, q, rows, axes):
-    "Gradients of `J W` (two rows) and of `M`, from those of the screen covariance `[[p.p, p.q], [p.q, q.q]]`."
-    v_p = (TWO * v_xx * p[0] + v_xy * q[0], TWO * v_xx * p[1] + v_xy * q[1], TWO * v_xx * p[2] + v_xy * q[2])
-    v_q = (TWO * v_yy * q[0] + v_xy * p[0], TWO * v_yy * q[1] + v_xy * p[1], TWO * v_yy * q[2] + v_xy * p[2])
-    v_rows = (_dot(v_p, axes[0:3]), _dot(v_p, axes[3:6]), _dot(v_p, axes[6:9]),
-              _dot(v_q, axes[0:3]), _dot(v_q, axes[3:6]), _dot(v_q, axes[6:9]))
-    v_axes = (rows[0] * v_p[0] + rows[3] * v_q[0], rows[0] * v_p[1] + rows[3] * v_q[1], rows[0] * v_p[2] + rows[3] * v_q[2],
-              rows[1] * v_p[0] + rows[4] * v_q[0], rows[1] * v_p[1] + rows[4] * v_q[1], rows[1] * v_p[2] + rows[4] * v_q[2],
-              rows[2] * v_p[0] + rows[5] * v_q[0], rows[2] * v_p[1] + rows[5] * v_q[1], rows[2] * v_p[2] + rows[5] * v_q[2])
-    return v_rows, v_axes
-
-
-@njit(cache=True, error_model="numpy")
-def _axes_backward(v_axes, quats, scales, n, v_quats, v_scales):
-    "Write the gradients of Gaussian `n`'s quaternion and scales, from that of `M = R S`."
-    w, x, y, z = quats[n, 0], quats[n, 1], quats[n, 2], quats[n, 3]
-    inverse_length = ONE / math.sqrt(w * w + x * x + y * y + z * z)
-    w, x, y, z = w * inverse_length, x * inverse_length, y * inverse_length, z * inverse_length
-    r = (ONE - TWO * (y * y + z * z), TWO * (x * y - w * z), TWO * (x * z + w * y),
-         TWO * (x * y + w * z), ONE - TWO * (x * x + z * z), TWO * (y * z - w * x),
-         TWO * (x * z - w * y), TWO * (y * z + w * x), ONE - TWO * (x * x + y * y))
-    for k in range(3): v_scales[n, k] = v_axes[k] * r[k] + v_axes[3 + k] * r[3 + k] + v_axes[6 + k] * r[6 + k]
-    s0, s1, s2 = scales[n, 0], scales[n, 1], scales[n, 2]
-    v00, v01, v02 = v_axes[0] * s0, v_axes[1] * s1, v_axes[2] * s2
-    v10, v11, v12 = v_axes[3] * s0, v_axes[4] * s1, v_axes[5] * s2
-    v20, v21, v22 = v_axes[6] * s0, v_axes[7] * s1, v_axes[8] * s2
-    v_w = TWO * (x * (v21 - v12) + y * (v02 - v20) + z * (v10 - v01))
-    v_x = TWO * (y * (v01 + v10) + z * (v02 + v20) + w * (v21 - v12) - TWO * x * (v11 + v22))
-    v_y = TWO * (x * (v01 + v10) + z * (v12 + v21) + w * (v02 - v20) - TWO * y * (v00 + v22))
-    v_z = TWO * (x * (v02 + v20) + y * (v12 + v21) + w * (v10 - v01) - TWO * z * (v00 + v11))
-    along = v_w * w + v_x * x + v_y * y + v_z * z
-    v_quats[n, 0], v_quats[n, 1] = (v_w - along * w) * inverse_length, (v_x - along * x) * inverse_length
-    v_quats[n, 2], v_quats[n, 3] = (v_y - along * y) * inverse_length, (v_z - along * z) * inverse_length
-
 # %% ../../nbs/render/03_splats_cpu.ipynb #01502552
 @njit(cache=True, error_model="numpy")
 def _conic_backward(splats, v, g, opacity, p, q, eps2d, antialiased):
@@ -435,6 +399,42 @@ def _sum_slots(partial, first_slot, g, total):
     for column in range(COLUMNS): total[column] = ZERO
     for slot in range(first_slot[g], first_slot[g + 1]):
         for column in range(COLUMNS): total[column] += partial[slot, column]
+
+# %% ../../nbs/render/03_splats_cpu.ipynb #c0e77a04
+@njit(cache=True, error_model="numpy")
+def _covariance_backward(v_xx, v_xy, v_yy, p, q, rows, axes):
+    "Gradients of `J W` (two rows) and of `M`, from those of the screen covariance `[[p.p, p.q], [p.q, q.q]]`."
+    v_p = (TWO * v_xx * p[0] + v_xy * q[0], TWO * v_xx * p[1] + v_xy * q[1], TWO * v_xx * p[2] + v_xy * q[2])
+    v_q = (TWO * v_yy * q[0] + v_xy * p[0], TWO * v_yy * q[1] + v_xy * p[1], TWO * v_yy * q[2] + v_xy * p[2])
+    v_rows = (_dot(v_p, axes[0:3]), _dot(v_p, axes[3:6]), _dot(v_p, axes[6:9]),
+              _dot(v_q, axes[0:3]), _dot(v_q, axes[3:6]), _dot(v_q, axes[6:9]))
+    v_axes = (rows[0] * v_p[0] + rows[3] * v_q[0], rows[0] * v_p[1] + rows[3] * v_q[1], rows[0] * v_p[2] + rows[3] * v_q[2],
+              rows[1] * v_p[0] + rows[4] * v_q[0], rows[1] * v_p[1] + rows[4] * v_q[1], rows[1] * v_p[2] + rows[4] * v_q[2],
+              rows[2] * v_p[0] + rows[5] * v_q[0], rows[2] * v_p[1] + rows[5] * v_q[1], rows[2] * v_p[2] + rows[5] * v_q[2])
+    return v_rows, v_axes
+
+# %% ../../nbs/render/03_splats_cpu.ipynb #668ec6c6
+@njit(cache=True, error_model="numpy")
+def _axes_backward(v_axes, quats, scales, n, v_quats, v_scales):
+    "Write the gradients of Gaussian `n`'s quaternion and scales, from that of `M = R S`."
+    w, x, y, z = quats[n, 0], quats[n, 1], quats[n, 2], quats[n, 3]
+    inverse_length = ONE / math.sqrt(w * w + x * x + y * y + z * z)
+    w, x, y, z = w * inverse_length, x * inverse_length, y * inverse_length, z * inverse_length
+    r = (ONE - TWO * (y * y + z * z), TWO * (x * y - w * z), TWO * (x * z + w * y),
+         TWO * (x * y + w * z), ONE - TWO * (x * x + z * z), TWO * (y * z - w * x),
+         TWO * (x * z - w * y), TWO * (y * z + w * x), ONE - TWO * (x * x + y * y))
+    for k in range(3): v_scales[n, k] = v_axes[k] * r[k] + v_axes[3 + k] * r[3 + k] + v_axes[6 + k] * r[6 + k]
+    s0, s1, s2 = scales[n, 0], scales[n, 1], scales[n, 2]
+    v00, v01, v02 = v_axes[0] * s0, v_axes[1] * s1, v_axes[2] * s2
+    v10, v11, v12 = v_axes[3] * s0, v_axes[4] * s1, v_axes[5] * s2
+    v20, v21, v22 = v_axes[6] * s0, v_axes[7] * s1, v_axes[8] * s2
+    v_w = TWO * (x * (v21 - v12) + y * (v02 - v20) + z * (v10 - v01))
+    v_x = TWO * (y * (v01 + v10) + z * (v02 + v20) + w * (v21 - v12) - TWO * x * (v11 + v22))
+    v_y = TWO * (x * (v01 + v10) + z * (v12 + v21) + w * (v02 - v20) - TWO * y * (v00 + v22))
+    v_z = TWO * (x * (v02 + v20) + y * (v12 + v21) + w * (v10 - v01) - TWO * z * (v00 + v11))
+    along = v_w * w + v_x * x + v_y * y + v_z * z
+    v_quats[n, 0], v_quats[n, 1] = (v_w - along * w) * inverse_length, (v_x - along * x) * inverse_length
+    v_quats[n, 2], v_quats[n, 3] = (v_y - along * y) * inverse_length, (v_z - along * z) * inverse_length
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #2dc8af8d
 @njit(parallel=True, cache=True, error_model="numpy")
