@@ -13,7 +13,10 @@ failed=0
 step() {   # step NAME COMMAND...
     local name=$1 start=$SECONDS; shift
     if "$@" >"$copy/log" 2>&1; then printf 'ok    %-16s %4ds\n' "$name" $((SECONDS - start))
-    else printf 'FAIL  %-16s %4ds\n' "$name" $((SECONDS - start)); tail -n 40 "$copy/log"; failed=1; fi
+    else printf 'FAIL  %-16s %4ds\n' "$name" $((SECONDS - start)); failed=1
+        grep -E '^[A-Za-z.]+ in .*\.ipynb:' "$copy/log"   # which notebooks, when several failed
+        tail -n 40 "$copy/log"
+    fi
 }
 
 export_in_sync() {   # the library is what the notebooks export, starting from nothing

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'SECTIONS', 'IMAGE_KINDS', 'README_NOTE', 'split_directives', 'callouts_to_admonitions', 'api_entry',
-           'joined', 'text_block', 'picture_output', 'output_to_markdown', 'page_path', 'relink', 'Page',
-           'code_cell_to_markdown', 'notebook_to_page', 'reading_order', 'navigation', 'settings', 'site_address',
-           'write_sources', 'process_notebooks', 'LoadedFiles', 'style_addresses', 'load_problem', 'audit_site',
-           'build_site', 'notebook_to_readme', 'write_readme', 'main']
+           'in_source_order', 'joined', 'text_block', 'picture_output', 'output_to_markdown', 'page_path', 'relink',
+           'Page', 'code_cell_to_markdown', 'notebook_to_page', 'reading_order', 'navigation', 'settings',
+           'site_address', 'write_sources', 'process_notebooks', 'first_reason', 'LoadedFiles', 'style_addresses',
+           'load_problem', 'audit_site', 'build_site', 'notebook_to_readme', 'write_readme', 'main']
 
 # %% ../../nbs/dev/00_site.ipynb #bf694f95
-import argparse, base64, contextlib, hashlib, html, json, os, re, shutil, subprocess, sys
+import argparse, base64, contextlib, hashlib, html, itertools, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -65,6 +65,17 @@ def api_entry(
     text = re.sub(r"^(#{2,4})\s+(.*)$", heading, text.strip(), count=1, flags=re.M)
     link = f'<a class="api-source" href="{source[1]}">source</a>\n\n' if source else ""
     return f'<div class="api-entry" markdown>\n{link}{text}\n</div>'
+
+# %% ../../nbs/dev/00_site.ipynb #9a4740f8
+def in_source_order(
+    blocks: list[str], # of a page
+) -> list[str]: # the same, neighbouring API entries sorted by line
+    "Order API entries as their definitions."
+    def line(block): return int(match[1]) if (match := re.search(r'class="api-source" href="[^"]*#L(\d+)"', block)) else 0
+    ordered = []
+    for is_entry, run in itertools.groupby(blocks, lambda block: block.startswith('<div class="api-entry"')):
+        ordered += sorted(run, key=line) if is_entry else run
+    return ordered
 
 # %% ../../nbs/dev/00_site.ipynb #89b92b09
 IMAGE_KINDS = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
@@ -198,7 +209,7 @@ def notebook_to_page(
     here = path.with_name(about["output-file"]).with_suffix(".md") if "output-file" in about else page_path(path)
     header = "---\n" + yaml.dump({"title": title, "description": lead}, sort_keys=False, allow_unicode=True) + "---"
     blocks = [header, f"# {title}", f'<p class="lead">{html.escape(lead)}</p>' if lead else ""] + blocks
-    body = "\n\n".join(block for block in blocks if block)
+    body = "\n\n".join(in_source_order([block for block in blocks if block]))
     return Page(here, title, relink(body, here, address) + "\n", assets)
 
 # %% ../../nbs/dev/00_site.ipynb #df5f40b0
@@ -277,8 +288,18 @@ def process_notebooks(
     "Let nbdev add API entries and drop what is hidden."
     from nbdev.serve import proc_nbs
     shutil.rmtree(folder / "_proc", ignore_errors=True)
-    with contextlib.chdir(folder): proc_nbs(n_workers=workers)
+    with contextlib.chdir(folder):
+        try: proc_nbs(n_workers=workers)
+        except Exception as error: raise SystemExit(f"The documentation stops at a cell that nbdev runs for it.\n{error}\n{first_reason(error)}") from None
     return folder / "_proc"
+
+
+def first_reason(
+    error: Exception, # raised in another process
+) -> str: # NameError: name 'x' is not defined
+    "The first error in a traceback that crossed processes."
+    reasons = re.findall(r"^[A-Za-z][\w.]*(?:Error|Exception|Exit|Interrupt)\b.*", str(error.__cause__), flags=re.M)
+    return reasons[0] if reasons else str(error.__cause__ or "")
 
 # %% ../../nbs/dev/00_site.ipynb #4d1ee801
 class LoadedFiles(HTMLParser):
