@@ -1,5 +1,5 @@
 "Shards under fault: cut, flipped, killed, full disk; and the same bytes from any number of processes."
-import os, resource, signal, subprocess, sys, tarfile, time
+import io, os, resource, subprocess, sys, tarfile, time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,8 @@ def test_webdataset_reads_them(tmp_path, image_format):
 
 def test_tar_headers_name_nobody(tmp_path):
     write_shards([noise(0)], tmp_path)
-    for member in tarfile.open(tmp_path / "000000.tar"):
+    with tarfile.open(tmp_path / "000000.tar") as tar: members = tar.getmembers()
+    for member in members:
         assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (0, 0, 0, "", 0o644)
 
 
@@ -123,7 +124,6 @@ def tar_of(path, members):
         for name, data in members:
             header = tarfile.TarInfo(name)
             header.size = len(data)
-            import io
             tar.addfile(header, io.BytesIO(data))
 
 

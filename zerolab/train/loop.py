@@ -10,7 +10,6 @@ __all__ = ['TrainConfig', 'progress_at', 'learning_rate_at', 'make_optimizer', '
 # %% ../../nbs/train/01_loop.ipynb #5dd2315e
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..scene.paths import atomic_path
 from zerolab.train.checkpoint import (
-    checkpoint_path, list_checkpoints, load_latest, optimizer_tensors, prune_checkpoints, random_state, save_checkpoint,
+    checkpoint_path, load_latest, optimizer_tensors, prune_checkpoints, random_state, save_checkpoint,
     set_optimizer_tensors, set_random_state,
 )
 
@@ -387,7 +386,7 @@ def train(
 
 # %% ../../nbs/train/01_loop.ipynb #f2081b71
 def seed_everything(
-    seed:int,
+    seed:int,  # any whole number from 0
 ) -> None:
     "Seed Python's, numpy's and torch's global generators."
     random.seed(seed)
