@@ -63,7 +63,7 @@ SOURCES = {
     "unknown neighbour": (replaced(2, "#| export\nfrom zerolab.scene.gone import x"), "which no notebook exports"),
     "itself": (replaced(2, "#| export\nfrom zerolab.scene.demo import x"), "later or here"),
     "machine path": (GOOD[:-1] + ["open('/" + "home/ann/a.ply')"], "outside the repository: /home/ann/a.ply"),
-    "path beside the repository": (GOOD[:-1] + ["open('../" + "shared/a.ply')"], "outside the repository"),
+    "path beside the repository": (GOOD[:-1] + ["open('../sha" + "red/a.ply')"], "outside the repository"),
     "not Python": (GOOD[:-1] + ["x = ("], "a cell is not Python"),
 }
 
