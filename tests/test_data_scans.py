@@ -191,7 +191,7 @@ class Server:
             def log_message(self, *args): pass
             def do_GET(self): server.answer(self)
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def answer(self, handler):
