@@ -163,6 +163,16 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, limit):
     assert len(ShardDataset(tmp_path)) == 4 and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_crash_between_shard_and_index_heals(tmp_path):
+    objects = [noise(seed) for seed in range(4)]
+    write_shards(objects, tmp_path, samples_per_shard=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "000001.index.npz").rename(tmp_path / ".tmp-0123456789ab-000001.index.npz")
+    (tmp_path / ".tmp-0123456789ab-000001.tar").write_bytes(b"half")
+    write_shards(objects, tmp_path, samples_per_shard=2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def alive(pid):
     "Whether a process runs, zombies not counted."
     try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -23,7 +23,7 @@ from typing import Callable, Iterable, Iterator
 import numpy as np
 from tqdm.auto import tqdm
 
-from .shards import EXTENSIONS, encode_sample, write_shard
+from .shards import EXTENSIONS, encode_sample, load_index, write_shard
 from ..render.mesh import render_views
 from ..scene.cameras import Cameras, gso_inputs, random_views
 from ..scene.paths import read_json, write_json
@@ -161,6 +161,7 @@ def make_zeroverse(
     settings = dict(size=size, supersample=supersample, camera_seed=camera_seed, image_format=image_format)
     _check_settings(directory/"dataset.json", dict(version=zeroverse.VERSION, recipe=recipe, cameras=_describe(cameras), **settings))
     blocks = missing_blocks(directory, seeds, samples_per_shard)
+    for path in directory.glob("[0-9]*-[0-9]*.tar"): load_index(path)  # which a killed run may not have reached
     wanted = sum(map(len, blocks))
     job = partial(make_sample, recipe=recipe, cameras=cameras, **settings)
     samples = parallel_map(job, (seed for block in blocks for seed in block), workers)

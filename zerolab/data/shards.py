@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'ShardError', 'encode_view', 'decode_view', 'encode_sample', 'encode_metadata', 'decode_metadata',
-           'write_shard', 'index_path', 'ShardIndex', 'index_shard', 'write_shards', 'ShardDataset']
+           'write_shard', 'index_path', 'ShardIndex', 'index_shard', 'write_shards', 'load_index', 'ShardDataset']
 
 # %% ../../nbs/data/00_shards.ipynb #0e353813
 import io
@@ -126,7 +126,7 @@ def write_shard(
 ) -> "ShardIndex":                                 # where everything is
     "Write one shard and the index beside it."
     path = Path(path)
-    for left_over in path.parent.glob(f".tmp-*-{path.name}"): left_over.unlink()  # of a process that was killed here
+    _remove_left_overs(path)
     with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         for members in samples:
             for name, data in members.items():
@@ -136,6 +136,12 @@ def write_shard(
     index = index_shard(path)
     index.save(index_path(path))
     return index
+
+
+def _remove_left_overs(path):
+    "What a process left that was killed while it wrote this shard or its index."
+    for name in (path.name, index_path(path).name):
+        for left_over in path.parent.glob(f".tmp-*-{name}"): left_over.unlink(missing_ok=True)
 
 
 def index_path(
@@ -248,16 +254,20 @@ def write_shards(
 
 
 def _check_same(path, group, first_key, image_format):
-    index = _load_index(path)
+    index = load_index(path)
     expected = [zlib.crc32(encode_metadata(views)) for views in group]
     same = index.keys.tolist() == [*range(first_key, first_key + len(group))] and index.metadata[:, 2].tolist() == expected
     if not same or index.image_format != image_format:
         raise ShardError(f"{path} holds other samples than this call would write there; shards are written once: use an empty folder")
 
 
-def _load_index(path) -> ShardIndex:
+def load_index(
+    path:Path,      # a shard
+) -> ShardIndex:
     "The index beside a shard, made now where a crash came between the two files."
-    if not index_path(path).exists(): index_shard(path).save(index_path(path))
+    if not index_path(path).exists():
+        _remove_left_overs(path)
+        index_shard(path).save(index_path(path))
     index, size = ShardIndex.load(index_path(path)), Path(path).stat().st_size
     if size != index.tar_bytes:
         ends = [(int(first + length), row) for row, (first, length, _) in enumerate(index.images.reshape(-1, 3)) if first + length > size]
@@ -281,7 +291,7 @@ class ShardDataset:
         self.directory = Path(directory)
         self.paths = sorted(path for path in self.directory.glob("*.tar") if not path.name.startswith("."))  # .tmp-*: being written
         if not self.paths: raise ShardError(f"{directory} holds no shards (*.tar)")
-        self.indexes = [_load_index(path) for path in self.paths]
+        self.indexes = [load_index(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(index) for index in self.indexes])
 
     def __len__(self): return int(self.starts[-1])
