@@ -72,18 +72,10 @@ class Cameras:
         if self.K.ndim < 4: raise ValueError(f"Cameras.unstack: {self} has no batch axis")
         return [_trusted(K, w2c, self.size) for K, w2c in zip(self.K, self.w2c)]
 
-    def rays(self) -> tuple[Tensor, Tensor]:
-        "See `pixel_rays`."
-        return pixel_rays(self)
-    def project(self, points) -> tuple[Tensor, Tensor]:
-        "See `project_points`."
-        return project_points(self, points)
-    def resize(self, size) -> "Cameras":
-        "See `resize_cameras`."
-        return resize_cameras(self, size)
-    def crop(self, top, left, height, width) -> "Cameras":
-        "See `crop_cameras`."
-        return crop_cameras(self, top, left, height, width)
+    def rays(self) -> tuple[Tensor, Tensor]: return pixel_rays(self)
+    def project(self, points) -> tuple[Tensor, Tensor]: return project_points(self, points)
+    def resize(self, size) -> "Cameras": return resize_cameras(self, size)
+    def crop(self, top, left, height, width) -> "Cameras": return crop_cameras(self, top, left, height, width)
 
 # %% ../../nbs/scene/01_cameras.ipynb #bc4c60d6
 def _set(instance, **values) -> None:
