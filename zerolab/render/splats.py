@@ -6,6 +6,7 @@
 __all__ = ['BACKENDS', 'GSPLAT_VERSION', 'SplatRender', 'pick_backend', 'sh_colors', 'render_splats']
 
 # %% ../../nbs/render/04_splats.ipynb #17e6c157
+import math
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -73,7 +74,7 @@ def _flat_batch(gaussians, cameras):
     except RuntimeError:
         raise ValueError(f"render_splats: Gaussians have leading dimensions {tuple(gaussians.opacities.shape[:-1])}, cameras "
                          f"{tuple(cameras.w2c.shape[:-3])}: they must broadcast") from None
-    flat = lambda x, own: x.expand(*batch, *x.shape[-own:]).reshape(-1, *x.shape[-own:])
+    flat = lambda x, own: x.expand(*batch, *x.shape[-own:]).reshape(math.prod(batch), *x.shape[-own:])
     tensors = [flat(x, own) for x, own in ((gaussians.means, 2), (gaussians.quats, 2), (gaussians.scales, 2), (gaussians.opacities, 1))]
     return batch, *tensors, flat(cameras.w2c, 3), flat(cameras.K.detach(), 3), lambda x: flat(x, 3)
 
