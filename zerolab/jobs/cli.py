@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/jobs/04_cli.ipynb #22a5fa0b
-def run_command(options) -> int: # exit code
+def run_command(
+    options, # parsed arguments, as for every verb
+) -> int: # exit code
     "Run a notebook as a job."
     from zerolab.jobs.run import RunInterrupted, find_notebook, notebook_parameters, parse_value, read_notebook, run_notebook
     path = find_notebook(options.notebook)
@@ -39,13 +41,17 @@ def _near(path:Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 # %% ../../nbs/jobs/04_cli.ipynb #6116fa98
-def version_command(options) -> int:
+def version_command(
+    options, # parsed arguments
+) -> int: # exit code
     "Say which version this is, and where it lies."
     import zerolab
     print(f"zerolab {zerolab.__version__} (Python {sys.version.split()[0]}, {Path(zerolab.__file__).parent})")
     return 0
 
-def make_command(options) -> int:
+def make_command(
+    options, # parsed arguments
+) -> int: # exit code
     "Build a Zeroverse data set: procedural shapes, rendered, in shards."
     from zerolab.data.make import make_zeroverse
     seeds = range(options.seed, options.seed + options.objects)
@@ -60,7 +66,9 @@ def _recipe(name:str):
     if name.lower() not in recipes: raise ValueError(f"no recipe {name!r}: choose one of {', '.join(recipes)}")
     return recipes[name.lower()]
 
-def download_command(options) -> int:
+def download_command(
+    options, # parsed arguments
+) -> int: # exit code
     "Fetch scans of Google Scanned Objects."
     from zerolab.data.scans import GSO_TEST, download_gso
     names = options.names.read_text(encoding="utf-8").split() if options.names else GSO_TEST

@@ -85,7 +85,9 @@ class Outcome(NamedTuple):
         where = f" in cell [{self.cell}] `{self.line}`" if self.cell else ""
         return f"{self.status}{where}" + (f": {self.error}" if self.error else "")
 
-def first_line(source:str) -> str:
+def first_line(
+    source:str, # of a cell
+) -> str:
     "The first line of `source` that does something, cut to 60 characters."
     lines = [line.strip() for line in source.splitlines()]
     return next((line if len(line) <= 60 else line[:57] + "..." for line in lines if line and not line.startswith("#")), "")
@@ -179,7 +181,8 @@ def execute(
     write:Callable,             # called with the notebook now and then, and at the end
     *,
     environment:dict|None=None, # the kernel's environment variables, by default this process's
-    stdout=None, stderr=None,   # files that get what the cells print, as it comes
+    stdout=None,                # file that gets what the cells print, as it comes
+    stderr=None,                # the same for what they print to stderr
     timeout:float|None=None,    # seconds for the whole notebook
 ) -> Outcome: # how it ended
     "Execute `notebook` in a fresh kernel on this interpreter and in this working folder."

@@ -90,8 +90,11 @@ def _shown(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 # %% ../../nbs/jobs/02_run.ipynb #0fedcad0
-def parse_value(text:str, parameter:Parameter):
-    "The value that `text`, from a command line, means for `parameter`."
+def parse_value(
+    text:str,            # from a command line
+    parameter:Parameter, # what it is for
+):
+    "The value that `text` means for `parameter`."
     if parameter.kind is str: return text
     if text in ("true", "false", "null"): return json.loads(text)
     try: return ast.literal_eval(text)
