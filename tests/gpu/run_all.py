@@ -42,6 +42,8 @@ def splat_throughput():
 def pytest_gpu():
     "The tests themselves, all files of this folder."
     import pytest
+    import torch
+    if not torch.cuda.is_available(): raise RuntimeError("no CUDA here: every test would be skipped")
     code = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", str(Path(__file__).parent)])
     if code: raise AssertionError(f"pytest ended with code {int(code)}")
     return {"passed": True}
