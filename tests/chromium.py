@@ -45,7 +45,7 @@ class Browser:
                 return answer["result"]
             event, details = answer.get("method"), answer.get("params", {})
             if event == "Network.requestWillBeSent": self.requests.append(details["request"]["url"])
-            if event == "Log.entryAdded": self.messages.append(details["entry"]["text"])
+            if event == "Log.entryAdded" and "GPU stall" not in details["entry"]["text"]: self.messages.append(details["entry"]["text"])
             if event == "Runtime.exceptionThrown": self.messages.append(str(details["exceptionDetails"]))
             if event == "Runtime.consoleAPICalled": self.messages.append(str([part.get("value") for part in details["args"]]))
 
