@@ -68,7 +68,7 @@ def test_a_built_site_stands_alone(processed, monkeypatch):
 @pytest.mark.parametrize("link", ["[x](scene/00_gone.ipynb)", "[x](scene/00_ball.ipynb#gone)"])
 def test_a_broken_link_stops_the_build(processed, monkeypatch, link):
     (processed / "_proc/index.ipynb").write_text(json.dumps(notebook("Index", prose(link))))
-    with pytest.raises(Exception, match="zensical"): build(processed, monkeypatch)
+    with pytest.raises(SystemExit, match="Zensical refuses"): build(processed, monkeypatch)
 
 
 @pytest.mark.parametrize("tag", ['<img src="https://img.example/a.png">', '<script src="//cdn.example/a.js"></script>', '<iframe src="http://x.example"></iframe>',

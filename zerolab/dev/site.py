@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'SECTIONS', 'IMAGE_KINDS', 'README_NOTE', 'split_directives', 'callouts_to_admonitions', 'api_entry',
-           'in_source_order', 'joined', 'text_block', 'picture_output', 'output_to_markdown', 'page_path', 'relink',
-           'Page', 'code_cell_to_markdown', 'notebook_to_page', 'reading_order', 'navigation', 'settings',
-           'site_address', 'write_sources', 'process_notebooks', 'first_reason', 'LoadedFiles', 'style_addresses',
-           'load_problem', 'audit_site', 'build_site', 'notebook_to_readme', 'write_readme', 'main']
+           'in_source_order', 'joined', 'without_codes', 'text_block', 'picture_output', 'output_to_markdown',
+           'page_path', 'relink', 'Page', 'code_cell_to_markdown', 'notebook_to_page', 'link_pages', 'reading_order',
+           'navigation', 'settings', 'site_address', 'write_sources', 'process_notebooks', 'first_reason',
+           'LoadedFiles', 'style_addresses', 'load_problem', 'audit_site', 'build_site', 'notebook_to_readme',
+           'write_readme', 'main']
 
 # %% ../../nbs/dev/00_site.ipynb #bf694f95
 import argparse, base64, contextlib, hashlib, html, itertools, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -88,11 +89,18 @@ def joined(
     return "".join(text or "")
 
 
+def without_codes(
+    text: str, # what a program printed
+) -> str: # the same in black and white
+    "Drop terminal codes."
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
 def text_block(
     text: str, # output, perhaps with terminal colours
-) -> str: # a fenced block, longer than any fence inside, or nothing
-    "Fence plain output, without terminal codes."
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).rstrip()
+) -> str: # a fenced block, its fence longer than any inside, or nothing
+    "Fence output."
+    plain = without_codes(text).rstrip()
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", plain)), default=0))
     return f"{fence}{{.text .output}}\n{plain}\n{fence}" if plain else ""
 
@@ -144,15 +152,17 @@ def relink(
     markdown: str, # a page's text
     page: PurePosixPath, # where the page lies, relative to the site's root
     address: str, # of the published site
+    anchors: set[str], # of the API entries of all pages: scene/cameras#cameras
 ) -> str: # the text with relative links between pages
     "Make links between pages relative."
     def published(match):
-        target = PurePosixPath((match[1] or "index") + ".md")
-        return os.path.relpath(target, page.parent).replace(os.sep, "/")
+        name, anchor = match[1] or "index", match[2] or ""
+        while anchor and name + anchor not in anchors: anchor = anchor.rpartition(".")[0]
+        return os.path.relpath(f"{name}.md", page.parent).replace(os.sep, "/") + anchor
     def authored(match):
         target = PurePosixPath(match[1] + ".ipynb")
         return f"]({page_path(target)}{match[2] or ''})"
-    markdown = re.sub(rf"(?<=\]\(){re.escape(address.rstrip('/'))}/([\w./-]*?)\.html", published, markdown)
+    markdown = re.sub(rf"(?<=\]\(){re.escape(address.rstrip('/'))}/([\w./-]*?)\.html(#[\w.]+)?", published, markdown)
     return re.sub(r"\]\(([^)#\s:]+)\.ipynb(#[\w.-]+)?\)", authored, markdown)
 
 # %% ../../nbs/dev/00_site.ipynb #309a98ea
@@ -192,8 +202,7 @@ def code_cell_to_markdown(
 def notebook_to_page(
     notebook: dict, # a processed notebook, as read from its JSON (not always valid nbformat)
     path: PurePosixPath | str, # the notebook's place, relative to the folder of notebooks
-    address: str, # of the published site
-) -> Page: # ready to be written
+) -> Page: # with links as nbdev and authors wrote them
     "Turn a processed notebook into a page."
     import yaml
     path, about, blocks, assets = PurePosixPath(path), {}, [], {}
@@ -210,7 +219,17 @@ def notebook_to_page(
     header = "---\n" + yaml.dump({"title": title, "description": lead}, sort_keys=False, allow_unicode=True) + "---"
     blocks = [header, f"# {title}", f'<p class="lead">{html.escape(lead)}</p>' if lead else ""] + blocks
     body = "\n\n".join(in_source_order([block for block in blocks if block]))
-    return Page(here, title, relink(body, here, address) + "\n", assets)
+    return Page(here, title, body + "\n", assets)
+
+
+def link_pages(
+    pages: list[Page], # of the whole site
+    address: str, # of the published site
+) -> list[Page]: # ready to be written
+    "Turn the links of all pages to each other."
+    anchors = {f"{page.path.with_suffix('')}#{anchor}" for page in pages
+               for anchor in re.findall(r"^#{2,4} .*\{ #(\S+) data-toc-label", page.markdown, flags=re.M)}
+    return [replace(page, markdown=relink(page.markdown, page.path, address, anchors)) for page in pages]
 
 # %% ../../nbs/dev/00_site.ipynb #df5f40b0
 def reading_order(
@@ -264,7 +283,7 @@ def write_sources(
     import yaml
     config = settings(folder)
     paths = sorted((PurePosixPath(p.relative_to(processed).as_posix()) for p in processed.rglob("*.ipynb")), key=reading_order)
-    pages = [notebook_to_page(json.loads((processed / path).read_text()), path, site_address(config)) for path in paths]
+    pages = link_pages([notebook_to_page(json.loads((processed / path).read_text()), path) for path in paths], site_address(config))
     shutil.rmtree(sources, ignore_errors=True)
     for page in pages:
         target = sources / page.path
@@ -373,7 +392,10 @@ def build_site(
     folder = Path(folder or root())
     pages = write_sources(process_notebooks(folder, workers), folder / "_sitesrc", folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", "_sitesrc.yml"]
-    subprocess.run(command, cwd=folder, check=True)
+    result = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        said = without_codes(result.stdout).partition("Traceback (most recent call last)")[0]
+        raise SystemExit(f"{said}Zensical refuses the pages, for the reasons above. A link? Mend it in its notebook.")
     site = folder / "_site"
     (site / ".nojekyll").touch()  # GitHub Pages would otherwise drop folders whose names begin with an underscore
     problems = audit_site(site, urlsplit(site_address(settings(folder))).path)
