@@ -141,6 +141,7 @@ class Turntable {
   zoom(factor) { this.radius = Math.max(1e-3, Math.min(1e4, this.radius * factor)); }
 }"""
 
+# %% ../../nbs/view/01_splats.ipynb #8e52d0f0
 DRAWING_JS = """
 class Drawing {
   constructor(canvas, words, background) {
