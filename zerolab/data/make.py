@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .shards import EXTENSIONS, encode_sample, load_index, write_shard
 from ..render.light import bake_light

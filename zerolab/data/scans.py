@@ -29,7 +29,7 @@ from typing import Iterable, NamedTuple
 import numpy as np
 from numba import njit
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..render.light import JIT
 from ..render.mesh import linear_to_srgb, render_views, srgb_to_linear

@@ -23,7 +23,7 @@ from typing import Callable, Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..scene.paths import atomic_path
 from zerolab.train.checkpoint import (
