@@ -47,26 +47,27 @@ def _inside(masks, K, w2c, px, py, pz):
 # %% ../../nbs/lrm/00_hull.ipynb #45edbbf1
 @njit(cache=True)
 def _first_crossing(masks, K, w2c, middle, direction, start, step, samples):
-    "Where a ray, walked from `start`, first passes into the hull; NaN if never."
-    before = 0.0
+    "Where a ray, walked from `start`, first passes into the hull, and True; or where it comes closest to it, and False."
+    before, most, closest = 0.0, -1.0, start
     for s in range(samples + 1):
         t = start + s*step
         now = _inside(masks, K, w2c, middle[0] + t*direction[0], middle[1] + t*direction[1], middle[2] + t*direction[2])
-        if now >= 0.5: return t - step*(now - 0.5)/(now - before) if s > 0 else t
+        if now >= 0.5: return (t - step*(now - 0.5)/(now - before) if s > 0 else t), True
+        if now > most: most, closest = now, t
         before = now
-    return math.nan
+    return (closest if most > 0.0 else math.nan), False
 
 
 @njit(parallel=True, cache=True)
-def _spans(masks, K, w2c, middles, directions, wanted, reach, samples):
-    "Entry and exit of every wanted ray [R,2]."
+def _spans(masks, K, w2c, middles, directions, wanted, reach, samples, graze):
+    "Entry and exit of every wanted ray [R,2]; of one that misses, twice where it comes closest if `graze`."
     spans = np.full((len(middles), 2), math.nan)
     step = 2*reach/samples
     for r in prange(len(middles)):
         if not wanted[r]: continue
-        spans[r, 0] = _first_crossing(masks, K, w2c, middles[r], directions[r], -reach, step, samples)
-        if not math.isnan(spans[r, 0]):
-            spans[r, 1] = _first_crossing(masks, K, w2c, middles[r], directions[r], reach, -step, samples)
+        entry, hit = _first_crossing(masks, K, w2c, middles[r], directions[r], -reach, step, samples)
+        if hit: spans[r, 0], spans[r, 1] = entry, _first_crossing(masks, K, w2c, middles[r], directions[r], reach, -step, samples)[0]
+        elif graze: spans[r, 0], spans[r, 1] = entry, entry
     return spans
 
 # %% ../../nbs/lrm/00_hull.ipynb #90ecea85
@@ -79,6 +80,7 @@ def hull_span(
     wanted: Tensor | None = None, # bool [...], rays to look at; all if None
     reach: float = 1.3,    # half the length searched, around the ray's point nearest the origin
     samples: int = 48,     # steps along it
+    graze: bool = False,   # a ray that misses is given the point where it comes closest to the hull, if any camera's opacity says so
 ) -> Tensor:               # [...,2] entry and exit, counted from that point; NaN where a ray misses the hull
     "Where rays enter and leave the visual hull of silhouettes."
     if alpha.ndim != 3 or tuple(alpha.shape) != (len(cameras), *cameras.size):
@@ -87,5 +89,5 @@ def hull_span(
     flat = lambda x: np.ascontiguousarray(x.detach().reshape(-1, 3).cpu().double().numpy())
     array = lambda x: np.ascontiguousarray(x.detach().cpu().double().numpy())
     chosen = np.ones(middles[..., 0].numel(), bool) if wanted is None else np.ascontiguousarray(wanted.reshape(-1).cpu().numpy())
-    spans = _spans(array(alpha), array(cameras.K), array(cameras.w2c), flat(middles), flat(directions), chosen, float(reach), int(samples))
+    spans = _spans(array(alpha), array(cameras.K), array(cameras.w2c), flat(middles), flat(directions), chosen, float(reach), int(samples), graze)
     return torch.from_numpy(spans).to(origins).reshape(*origins.shape[:-1], 2)

@@ -56,7 +56,7 @@ class GSLRMConfig:
 # %% ../../nbs/lrm/01_model.ipynb #7202685f
 PAPER = GSLRMConfig()
 SMALL = GSLRMConfig(width=384, depth=8, heads=6, scale_bias=-3.0, centred_depth=True, qk_norm=True)
-TINY = GSLRMConfig(width=192, depth=6, heads=6, scale_bias=-3.2, opacity_bias=1.0, centred_depth=True, centred_radius=0.8,
+TINY = GSLRMConfig(width=192, depth=6, heads=6, scale_bias=-4.4, opacity_bias=0.0, centred_depth=True, centred_radius=0.8,
                    colour_residual=True, silhouettes=True, head_std=0.002)
 
 # %% ../../nbs/lrm/01_model.ipynb #ac1285ae
@@ -169,7 +169,7 @@ def hull_features(
     directions: Tensor, # [B,V,H,W,3] unit
 ) -> Tensor:            # [B,V,H,W,2] entry and exit, counted from the ray's middle
     "Where each pixel's ray enters and leaves the visual hull of its object's silhouettes."
-    spans = [hull_span(masks, rig, o, d, wanted=masks > 0.3, samples=32)
+    spans = [hull_span(masks, rig, o, d, wanted=masks > 0.05, samples=32, graze=True)
              for masks, rig, o, d in zip(alpha, cameras.unstack(), origins, directions)]
     return torch.stack(spans).nan_to_num()
 
