@@ -15,7 +15,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import stat
 import struct
 import time
@@ -280,7 +279,7 @@ def part_corners(
                            uvs=np.zeros((len(faces), 3, 2)) if uvs is None else uvs, picture=picture, part=part)
 
 def parts_to_mesh(
-    parts:list[Part],
+    parts:list[Part], # at least one
     texture_size:int=1024, # the largest texture side, a power of two
 ) -> Mesh: # as the file has it: not normalised
     "Join the parts of a scan; equal materials become one."
@@ -346,7 +345,7 @@ class Retry(Exception):
 
 # %% ../../nbs/data/03_scans.ipynb #ae7dd2f2
 def open_from(
-    url:str,
+    url:str, # of the file
     start:int, # bytes we have
     tag:str, # the server's mark of the version they are from, "" if unknown
     timeout:float, # seconds without an answer
@@ -363,7 +362,7 @@ def open_from(
     except OSError as error: raise Retry(f"{error}") from None
 
 def fetch_once(
-    url:str,
+    url:str, # of the file
     part:Path, # the partial file; its version mark lies beside it
     timeout:float, # seconds without an answer
 ) -> None: # `part` is whole on return
@@ -391,10 +390,10 @@ def fetch_once(
 
 # %% ../../nbs/data/03_scans.ipynb #d22220c3
 def fetch(
-    url:str,
+    url:str, # of the file
     part:Path, # the partial file, continued if it is there
     *,
-    tries:int=5,
+    tries:int=5, # connections, before it gives up
     pause:float=1.0, # seconds before the second try, doubled for each further one
     timeout:float=30.0, # seconds without an answer
 ) -> str: # sha256 of the whole file
@@ -431,8 +430,8 @@ def unpack(
 # %% ../../nbs/data/03_scans.ipynb #d64148a3
 def get_object(
     name:str, # of the object
-    folder:Path,
-    base_url:str,
+    folder:Path, # where the object's folder goes
+    base_url:str, # where NAME.zip is
     expected:str|None, # sha256 of the archive, None if it is not known
     **kw, # passed to `fetch`
 ) -> str: # sha256 of the archive

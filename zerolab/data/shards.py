@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'ShardError', 'encode_view', 'decode_view', 'encode_sample', 'encode_metadata', 'decode_metadata',
-           'write_shard', 'index_path', 'ShardIndex', 'index_shard', 'write_shards', 'load_index', 'ShardDataset']
+           'ShardIndex', 'index_shard', 'write_shard', 'index_path', 'write_shards', 'load_index', 'ShardDataset']
 
 # %% ../../nbs/data/00_shards.ipynb #0e353813
 import io
@@ -119,37 +119,6 @@ def decode_metadata(
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ValueError(f"is no description of a sample ({type(error).__name__}: {error})") from error
 
-# %% ../../nbs/data/00_shards.ipynb #8b68540f
-def write_shard(
-    path:Path,                                     # the tar to make
-    samples:Iterable[dict[str, bytes]],            # the files of each sample, from `encode_sample`
-) -> "ShardIndex":                                 # where everything is
-    "Write one shard and the index beside it."
-    path = Path(path)
-    _remove_left_overs(path)
-    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for members in samples:
-            for name, data in members.items():
-                header = tarfile.TarInfo(name)  # date, owner and group are 0 unless said otherwise
-                header.size = len(data)
-                tar.addfile(header, io.BytesIO(data))
-    index = index_shard(path)
-    index.save(index_path(path))
-    return index
-
-
-def _remove_left_overs(path):
-    "What a process left that was killed while it wrote this shard or its index."
-    for name in (path.name, index_path(path).name):
-        for left_over in path.parent.glob(f".tmp-*-{name}"): left_over.unlink(missing_ok=True)
-
-
-def index_path(
-    path:Path,  # a shard
-) -> Path:      # where its index lies
-    "`000003.tar` has its index in `000003.index.npz`."
-    return Path(path).with_suffix(".index.npz")
-
 # %% ../../nbs/data/00_shards.ipynb #6783f362
 @dataclass(frozen=True)
 class ShardIndex:
@@ -228,6 +197,37 @@ def _walk(path) -> Iterator[tuple[str, int, bytes]]:
         size = Path(path).stat().st_size
         raise ShardError(f"{path} is cut short or damaged: {error} at byte {min(end, size)} of {size}, in or after member {name}; "
                          "delete it and write it again") from error
+
+# %% ../../nbs/data/00_shards.ipynb #8b68540f
+def write_shard(
+    path:Path,                                     # the tar to make
+    samples:Iterable[dict[str, bytes]],            # the files of each sample, from `encode_sample`
+) -> ShardIndex:                                   # where everything is
+    "Write one shard and the index beside it."
+    path = Path(path)
+    _remove_left_overs(path)
+    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for members in samples:
+            for name, data in members.items():
+                header = tarfile.TarInfo(name)  # date, owner and group are 0 unless said otherwise
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    index = index_shard(path)
+    index.save(index_path(path))
+    return index
+
+
+def _remove_left_overs(path):
+    "What a process left that was killed while it wrote this shard or its index."
+    for name in (path.name, index_path(path).name):
+        for left_over in path.parent.glob(f".tmp-*-{name}"): left_over.unlink(missing_ok=True)
+
+
+def index_path(
+    path:Path,  # a shard
+) -> Path:      # where its index lies
+    "`000003.tar` has its index in `000003.index.npz`."
+    return Path(path).with_suffix(".index.npz")
 
 # %% ../../nbs/data/00_shards.ipynb #368f8e37
 def write_shards(

@@ -420,7 +420,13 @@ class MeshRender(NamedTuple):
     normals: np.ndarray       # float32 [V,H,W,3] world space, unit length, 0 where nothing is
     material_ids: np.ndarray  # int16 [V,H,W] material of the nearest surface, -1 where nothing is
 
-def check_render(mesh, cameras, supersample, light, near):
+def check_render(
+    mesh:Mesh,
+    cameras:Cameras,
+    supersample:int,          # samples a pixel side
+    light:np.ndarray|None,    # [N,4] of `bake_light`
+    near:float,               # camera z of the nearest thing drawn
+) -> None:
     "Refuse what would give a wrong picture rather than an error."
     if cameras.K.ndim != 3: raise ValueError(f"render_mesh: cameras.K has shape {tuple(cameras.K.shape)}, need [V,3,3]: render one batch entry at a time")
     if not (torch.isfinite(cameras.K).all() and torch.isfinite(cameras.w2c).all()): raise ValueError("render_mesh: cameras hold NaN or infinity")

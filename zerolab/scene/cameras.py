@@ -370,7 +370,12 @@ def read_frames(path: str | Path) -> list[dict]:
     return frames
 
 # %% ../../nbs/scene/01_cameras.ipynb #18aae4a0
-def frames_to_cameras(frames: list[dict], path: str, *, dtype: torch.dtype = torch.float32) -> Cameras:
+def frames_to_cameras(
+    frames: list[dict],  # as `read_frames` gives them
+    path: str,           # the file they come from, for messages
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Cameras:
     "Cameras from frames; what is missing or misshapen is named with its place in `path`."
     K, w2c, sizes = [], [], []
     for i, frame in enumerate(frames):

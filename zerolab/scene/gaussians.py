@@ -103,11 +103,15 @@ def _keep_axis(index, device=None):
 # %% ../../nbs/scene/02_gaussians.ipynb #0e3a3dff
 SH_C0 = 0.28209479177387814  # the constant harmonic, 1 / (2 sqrt(pi))
 
-def sh_to_rgb(sh: Tensor) -> Tensor:
+def sh_to_rgb(
+    sh: Tensor,  # [...,3] coefficients of the constant harmonic
+) -> Tensor:     # [...,3] rgb, not clamped
     "Colour of degree-0 coefficients."
     return 0.5 + SH_C0*sh
 
-def rgb_to_sh(rgb: Tensor) -> Tensor:
+def rgb_to_sh(
+    rgb: Tensor,  # [...,3]
+) -> Tensor:      # [...,3]
     "Degree-0 coefficients of a colour."
     return (rgb - 0.5)/SH_C0
 

@@ -58,7 +58,7 @@ def height_field(
 # %% ../../nbs/shapes/01_heightfield.ipynb #61bee280
 def grid_normals(
     positions:np.ndarray,  # [rows,columns,3]
-    wraps=(False, False),
+    wraps=(False, False),  # whether the last row is next to the first, and so for columns
 ) -> np.ndarray:           # [rows,columns,3] unit
     "Normals of a grid: the mean of the cells around each point, weighted by area."
     cells = np.cross(positions[1:, 1:] - positions[:-1, :-1], positions[1:, :-1] - positions[:-1, 1:])

@@ -68,7 +68,7 @@ def stream(
 
 
 def part_count(
-    seed:int,
+    seed:int,        # of the shape
     recipe:Recipe=PRIMITIVES,
 ) -> int:            # 1 to 9
     "How many parts the shape of this seed has."

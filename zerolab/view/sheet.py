@@ -90,8 +90,8 @@ def _shorten(draw, text: str, width: int) -> str:
 def loss_curve(
     curves,                 # values, or a dict of name to values; a value is y, or a curve is (x, y)
     *,
-    xlabel: str = "step",
-    ylabel: str = "loss",
+    xlabel: str = "step",   # what x is, with its unit
+    ylabel: str = "loss",   # what y is, with its unit
     log: bool = True,       # logarithmic y
     smooth: float = 0.,     # 0: as it is; towards 1: exponential mean of the past
     axes=None,              # matplotlib axes; new ones if None
@@ -123,8 +123,8 @@ def draw_cameras(
     *,
     length: float = 0.4,  # from tip to base, world units
     axes=None,            # matplotlib 3D axes; new ones if None
-    color: str | None = None,
-    label: str | None = None,
+    color: str | None = None,  # of the lines; the palette's first if None
+    label: str | None = None,  # in the legend
 ):
     "Cameras as pyramids in a 3D plot; returns the matplotlib axes."
     import matplotlib.pyplot as plt

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from ..render.splats import render_splats, sh_colors
 from ..scene.cameras import Cameras, orbit
-from ..scene.gaussians import Gaussians, rgb_to_sh, sh_to_rgb
+from ..scene.gaussians import Gaussians, sh_to_rgb
 from ..scene.paths import atomic_path
 
 # %% ../../nbs/view/01_splats.ipynb #6e79a47d
@@ -318,7 +318,7 @@ def place_camera(
 ):
     "Let `plotter` look through `camera`."
     K, (height, width) = camera.K[0].double().cpu().numpy(), camera.size
-    eye, (right, down, forward) = camera.centers[0].cpu().numpy(), camera.w2c[0, :3, :3].cpu().numpy()
+    eye, (_, down, forward) = camera.centers[0].cpu().numpy(), camera.w2c[0, :3, :3].cpu().numpy()
     plotter.camera.position, plotter.camera.focal_point, plotter.camera.up = eye, eye + forward, -down
     plotter.camera.view_angle = np.degrees(2 * np.arctan(height / (2 * K[1, 1])))
     plotter.camera.SetWindowCenter(-2 * (K[0, 2] - width / 2) / width, 2 * (K[1, 2] - height / 2) / height)
