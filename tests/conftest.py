@@ -8,7 +8,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 if not os.access(os.path.join(os.path.dirname(__file__), "..", "zerolab"), os.W_OK):
     os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(os.path.expanduser("~"), ".cache", "zerolab-numba"))
 
-import pytest
+import pytest  # noqa: E402
 
 
 def pytest_addoption(parser):

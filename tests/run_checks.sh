@@ -33,6 +33,7 @@ notebooks_clean() {   # no execution counts, no stray metadata
     return 1
 }
 
+step "ruff"            ruff check --no-cache
 step "export in sync"  export_in_sync
 step "notebooks clean" notebooks_clean
 step "notebooks run"   timeout 900 nbdev_test --n_workers 2

@@ -13,7 +13,8 @@ GOOD = ["#| default_exp scene.demo", "# Demo\n\n> What it is for", "#| export\ni
 
 def write(folder, sources, name="scene/00_demo.ipynb", outputs=(), metadata=KERNEL, stamp=True):
     cells = [{"cell_type": "markdown", "id": f"c{i}", "metadata": {}, "source": source} if source.startswith("# ") else
-             {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "source": source, "outputs": list(outputs) if i == len(sources) - 1 else []}
+             {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "source": source,
+              "outputs": list(outputs) if i == len(sources) - 1 else []}
              for i, source in enumerate(sources)]
     path = folder / "nbs" / name
     path.parent.mkdir(parents=True, exist_ok=True)

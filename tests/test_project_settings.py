@@ -9,6 +9,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -75,10 +77,30 @@ def test_constraints_pin_every_dependency_from_any_index():
     assert not [line for line in lines if "+" in line.split("#")[0] or "@" in line or "/" in line.split("#")[0]]
 
 
+def test_constraints_pin_what_the_dependencies_depend_on():
+    """The whole closure is pinned, at the versions that are installed here."""
+    pins = {canonicalize_name(name): version for name, version in PINS.items()}
+    waiting, seen, wrong = [Requirement("zerolab[dev,docs,gpu]")], set(), []
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        for extra in {"", *wanted.extras}:
+            if (name, extra) in seen: continue
+            seen.add((name, extra))
+            try: installed = importlib.metadata.distribution(name)
+            except importlib.metadata.PackageNotFoundError: continue   # optional, or for another platform
+            if name != "zerolab" and pins.get(name) != installed.version.split("+")[0]: wrong.append(f"{name}=={installed.version}")
+            needs = map(Requirement, installed.requires or [])
+            waiting += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+    assert sorted(set(wrong)) == []
+    assert len(seen) > 100
+    assert f"setuptools=={PINS['setuptools']}" in PYPROJECT["build-system"]["requires"]
+
+
 def test_exported_code_imports_declared_packages_only():
     """Someone who installs zerolab without extras can import all of it, zerolab.dev excepted."""
     called = {"PIL": "pillow", "IPython": "ipython", "skimage": "scikit-image", "yaml": "pyyaml", "cv2": "opencv-python"}
-    brought = {"IPython": "ipykernel", "jupyter_client": "nbclient", "nbconvert": "jupyterlab", "traitlets": "ipykernel"}
+    brought = {"IPython": "ipykernel", "vtkmodules": "pyvista", "jupyter_client": "nbclient", "traitlets": "ipykernel"}
     optional = {package_name(r) for r in PYPROJECT["project"]["optional-dependencies"]["gpu"]}
     undeclared = set()
     for path in sorted((ROOT / "zerolab").rglob("*.py")):

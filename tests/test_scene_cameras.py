@@ -275,7 +275,8 @@ def test_blender_by_hand():
 def test_colmap_by_hand(tmp_path, line, cx):
     (tmp_path/"cameras.txt").write_text(f"# comment\n7 {line}\n")
     half = math.sqrt(0.5)
-    (tmp_path/"images.txt").write_text(f"# comment\n# another\n3 {2*half} {2*half} 0 0 0 0 3 7 a picture.png\n1.5 2.5 -1 3 4 5\n9 {half} {half} 0 0 0 0 3 7 b.png\n\n")
+    (tmp_path/"images.txt").write_text(f"# comment\n# another\n3 {2*half} {2*half} 0 0 0 0 3 7 a picture.png\n"
+                                       f"1.5 2.5 -1 3 4 5\n9 {half} {half} 0 0 0 0 3 7 b.png\n\n")
     cameras, names = load_colmap(tmp_path, dtype=torch.float64)
     assert names == ["a picture.png", "b.png"] and cameras.K[0, 0, 2] == cx and cameras.size == (48, 64)
     for pose in cameras.w2c: assert torch.allclose(pose, hand_camera().w2c[0], atol=1e-12)

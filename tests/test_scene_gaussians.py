@@ -128,8 +128,10 @@ def test_gaps_in_f_rest_are_named(tmp_path):
 HEADERS = [
     (b"ply\n", b"obj\n", "byte 0: not a .ply"), (b"1.0", b"2.0", "byte 4: header line"), (b"float x", b"floatx x", "of an unknown type"),
     (b"float y", b"float x", "there twice"), (b"vertex 5", b"vertex -5", "header line"), (b"vertex 5", b"vertex 5.5", "header line"),
-    (b"vertex 5", b"vertex 6", "truncated"), (b"vertex 5", b"vertex 99999999999999999999999", "truncated"), (b"element vertex", b"element points", "no element vertex"),
-    (b"property float x", b"property list uchar float x", "property x of element vertex is a list"), (b"float opacity", b"int opacity", "property opacity is int32, need float"),
+    (b"vertex 5", b"vertex 6", "truncated"), (b"vertex 5", b"vertex 99999999999999999999999", "truncated"),
+    (b"element vertex", b"element points", "no element vertex"),
+    (b"property float x", b"property list uchar float x", "property x of element vertex is a list"),
+    (b"float opacity", b"int opacity", "property opacity is int32, need float"),
     (b"end_header\n", b"", "malformed|no end_header"), (b"format", b"comment", "names no format"), (b"element vertex 5\n", b"", "byte .*header line"),
     (b"element vertex", b"element face 9\nproperty list uchar int vertex_indices\nelement vertex", "vertex_indices of element face is a list")]
 
@@ -151,8 +153,10 @@ def test_text_that_is_no_number(tmp_path):
     with pytest.raises(ValueError, match=f"byte {at}: b'zero' is no number"): load_ply(path)
 
 
-@pytest.mark.parametrize("header", [b"ply\nformat binary_little_endian 1.0\nelement vertex 1000000000000\n", b"ply\nformat ascii 1.0\nelement vertex 1000000000000\n",
-                                    b"ply\nformat binary_little_endian 1.0\nelement camera 4000000000\nproperty double a\nelement vertex 1000000\n", b"ply\n" + b"comment"*300000])
+@pytest.mark.parametrize("header", [b"ply\nformat binary_little_endian 1.0\nelement vertex 1000000000000\n",
+                                    b"ply\nformat ascii 1.0\nelement vertex 1000000000000\n",
+                                    b"ply\nformat binary_little_endian 1.0\nelement camera 4000000000\nproperty double a\nelement vertex 1000000\n",
+                                    b"ply\n" + b"comment"*300000])
 def test_promises_cost_no_memory(tmp_path, header):
     names = [*"xyz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
     (tmp_path/"a.ply").write_bytes(header + b"".join(b"property float %s\n" % n.encode() for n in names) + b"end_header\n" + bytes(1000))

@@ -1,6 +1,5 @@
 """The splat views: the same picture in a browser, in VTK and in the renderer that the loss sees."""
 import io
-import json
 import os
 import subprocess
 import sys

@@ -126,11 +126,14 @@ def _first_line(source:str) -> str:
 # %% ../../nbs/jobs/01_report.ipynb #cabf5eab
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2328; --dim: #66707a; --line: #dde2e7; --soft: #f5f7f9; --good: #0a7d55; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181c; --ink: #dfe5ea; --dim: #93a0ab; --line: #2c343c; --soft: #1c2228; --good: #4cc795; --bad: #ff8f85; } }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14181c; --ink: #dfe5ea; --dim: #93a0ab; --line: #2c343c; --soft: #1c2228; --good: #4cc795; --bad: #ff8f85; }
+}
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 56rem; background: var(--paper); color: var(--ink);
        font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0 0 .3rem; font-size: 1.8rem; line-height: 1.2; } h2 { margin: 2.2rem 0 .6rem; font-size: 1.25rem; } h3 { margin: 1.2rem 0 .4rem; font-size: 1rem; }
+h1 { margin: 0 0 .3rem; font-size: 1.8rem; line-height: 1.2; }
+h2 { margin: 2.2rem 0 .6rem; font-size: 1.25rem; } h3 { margin: 1.2rem 0 .4rem; font-size: 1rem; }
 a { color: inherit; } img { display: block; max-width: 100%; height: auto; margin: .8rem 0; background: #fff; border-radius: 4px; }
 .facts { color: var(--dim); font-size: .9rem; } .facts span + span::before { content: " · "; }
 .status { font-weight: 600; } .done { color: var(--good); } .bad { color: var(--bad); }
@@ -141,7 +144,8 @@ th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); tex
 th { color: var(--dim); font-weight: 600; } .pairs { width: 100%; overflow-wrap: anywhere; } .pairs td:first-child { color: var(--dim); }
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .numbers td:last-child, .numbers th:last-child { padding-right: 0; } .set { font-weight: 600; }
-pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(--soft); border-radius: 4px; font: 13px/1.45 ui-monospace, Consolas, monospace; overflow-wrap: normal; }
+pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(--soft); border-radius: 4px;
+      font: 13px/1.45 ui-monospace, Consolas, monospace; overflow-wrap: normal; }
 pre.stderr { color: var(--dim); } pre.error { border-left: 4px solid var(--bad); } code { font: .88em ui-monospace, Consolas, monospace; }
 details { margin: .4rem 0; color: var(--dim); font-size: .85rem; } summary { cursor: pointer; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .prose blockquote { margin: 0; color: var(--dim); font-size: 1.05rem; } details pre { color: var(--ink); } .prose h1 { font-size: 1.4rem; margin-top: 2rem; }

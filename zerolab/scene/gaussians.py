@@ -242,7 +242,8 @@ def _ply_vertices(path: Path) -> tuple[dict[str, np.ndarray], int, int]:
         kinds = np.dtype([(name, order + kind) for name, kind in element.properties.items()])
         start = file.tell() + sum(e.count*sum(np.dtype(kind).itemsize for kind in e.properties.values()) for e in skipped)
         need = start + element.count*kinds.itemsize
-        if need > size: raise ValueError(f"{path}: byte {size}: the file ends, but {element.count} vertices of {kinds.itemsize} bytes need {need} bytes: truncated?")
+        if need > size:
+            raise ValueError(f"{path}: byte {size}: the file ends, but {element.count} vertices of {kinds.itemsize} bytes need {need} bytes: truncated?")
         file.seek(start)
         rows = np.fromfile(file, kinds, element.count)
     return {name: rows[name] for name in element.properties}, start, kinds.itemsize

@@ -264,7 +264,8 @@ def restore_state(
     if changed and world_rank() == 0: print(f"train: going on from step {saved['step']} with other settings: {', '.join(changed)}")
     def part(prefix): return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     try: state.plain_model.load_state_dict(part("model."))
-    except RuntimeError as error: raise ValueError(f"train: the checkpoint in {folder} is of another model; train this one into another folder. {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"train: the checkpoint in {folder} is of another model; train this one into another folder. {error}") from error
     for name, value in part("average.").items(): state.average.weights[name].copy_(value)
     set_optimizer_tensors(state.optimizer, tensors)
     for name in _NUMBERS: setattr(state, name, saved[name])

@@ -33,7 +33,8 @@ def to_uint8(
     image = np.asarray(image)
     if image.dtype == bool: image = image.astype(np.float32)
     if image.ndim == 2: image = image[..., None]
-    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4): raise ValueError(f"to_uint8: picture of shape {image.shape}, need [H,W], [H,W,1], [H,W,3] or [H,W,4]")
+    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"to_uint8: picture of shape {image.shape}, need [H,W], [H,W,1], [H,W,3] or [H,W,4]")
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"to_uint8: picture of {image.dtype}, need uint8 or floats in [0,1]")
     values = image.astype(np.float32)/(255 if image.dtype == np.uint8 else 1)

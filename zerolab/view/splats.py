@@ -185,7 +185,8 @@ function show(words, settings) {
   const floats = new Float32Array(words.buffer), means = new Float32Array(drawing.count * 3);
   for (let i = 0; i < drawing.count; i++) means.set(floats.subarray(8*i, 8*i + 3), 3*i);
   const worker = new Worker(URL.createObjectURL(new Blob([SORT_WORKER], {type: 'text/javascript'})));
-  const state = window.splatView = {camera, drawing, frames: 0, sorting: false, stale: true, dirty: true, changed, idle: () => !state.sorting && !state.stale && !state.dirty};
+  const state = window.splatView = {camera, drawing, frames: 0, sorting: false, stale: true, dirty: true, changed,
+    idle: () => !state.sorting && !state.stale && !state.dirty};
   worker.onmessage = ({data}) => { drawing.order(data); state.sorting = false; state.dirty = true; };
   worker.postMessage({means}, [means.buffer]);
   function changed() { state.stale = state.dirty = true; }
@@ -252,8 +253,10 @@ def _page(title:str, words:np.ndarray, settings:dict) -> str:
     ink = "#1d2328" if sum(settings["background"]) > 1.5 else "#dfe5ea"
     paper = "rgb({} {} {})".format(*(round(255 * x) for x in settings["background"]))
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; worker-src blob:"
-    style = (f"html, body {{ margin: 0; height: 100%; background: {paper}; }} canvas {{ display: block; width: 100%; height: 100%; touch-action: none; cursor: grab; }} "
-             f"p {{ position: fixed; left: 1rem; bottom: .6rem; margin: 0; right: 1rem; color: {ink}; opacity: .7; font: 13px/1.5 system-ui, sans-serif; pointer-events: none; }}")
+    style = (f"html, body {{ margin: 0; height: 100%; background: {paper}; }} "
+             f"canvas {{ display: block; width: 100%; height: 100%; touch-action: none; cursor: grab; }} "
+             f"p {{ position: fixed; left: 1rem; bottom: .6rem; margin: 0; right: 1rem; color: {ink}; opacity: .7; "
+             f"font: 13px/1.5 system-ui, sans-serif; pointer-events: none; }}")
     constants = "\n".join(f"const {name} = {json.dumps(text)};" for name, text in
                           [("VERTEX_SHADER", VERTEX_SHADER), ("FRAGMENT_SHADER", FRAGMENT_SHADER), ("SORT_WORKER", SORT_WORKER)])
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
