@@ -2,7 +2,6 @@
 import hashlib
 import io
 import json
-import struct
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,7 +33,8 @@ Y_UP = np.array([[1., 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # z
 
 def write_glb(path, *geometries, transforms=None):
     scene = trimesh.Scene()
-    for i, geometry in enumerate(geometries): scene.add_geometry(geometry, node_name=f"n{i}", transform=Y_UP @ (np.eye(4) if transforms is None else transforms[i]))
+    for i, geometry in enumerate(geometries):
+        scene.add_geometry(geometry, node_name=f"n{i}", transform=Y_UP @ (np.eye(4) if transforms is None else transforms[i]))
     path.write_bytes(scene.export(file_type="glb"))
     return path
 
@@ -140,7 +140,8 @@ def test_undecodable_texture_is_an_error(glb):
 
 def test_other_bad_files(tmp_path):
     for name, text, reason in [("a.obj", "hello\n", "cannot be read"), ("b.obj", "", "it is empty"), ("c.ply", "ply\n", "need .glb or .obj"),
-                               ("d.obj", "v 0 0 0\nv 0 0 0\nv 0 0 0\nf 1 2 3\n", "degenerate"), ("e.obj", "v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "cannot be read"),
+                               ("d.obj", "v 0 0 0\nv 0 0 0\nv 0 0 0\nf 1 2 3\n", "degenerate"),
+                               ("e.obj", "v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "cannot be read"),
                                ("f.obj", "mtllib gone.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl m\nf 1 2 3\n", "names gone.mtl"),
                                ("g.obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "cannot be read")]:
         (tmp_path / name).write_text(text)
@@ -287,7 +288,8 @@ def test_hostile_archives(server, tmp_path, monkeypatch):
     link = zipfile.ZipInfo("link"); link.external_attr = 0o120777 << 16
     monkeypatch.setattr(scans, "MAX_UNPACKED", 1 << 20)
     monkeypatch.setattr(scans, "MAX_FILES", 5)
-    for data, reason in [(archive_of(("../evil.txt", "x")), "outside"), (archive_of(("/tmp/evil.txt", "x")), "outside"), (archive_of((link, "/etc/passwd")), "link"),
+    for data, reason in [(archive_of(("../evil.txt", "x")), "outside"), (archive_of(("/tmp/evil.txt", "x")), "outside"),
+                         (archive_of((link, "/etc/passwd")), "link"),
                          (archive_of(("big", b"\0" * (2 << 20))), "more than 1 MB"), (archive_of(*[(f"{i}", "x") for i in range(6)]), "6 files"),
                          (b"no zip at all", "zip"), (gso_archive()[:5000], "zip")]:
         server.files["/bad.zip"] = data

@@ -11,9 +11,9 @@ import torch
 import trimesh
 
 from zerolab.render.light import bake_light, dome_directions, random_environment
-from zerolab.render.mesh import linear_to_srgb, render_mesh, render_views, srgb_to_linear
+from zerolab.render.mesh import render_mesh, render_views
 from zerolab.scene.cameras import Cameras, intrinsics, look_at, orbit, random_views
-from zerolab.scene.mesh import Mesh
+from zerolab.scene.mesh import Mesh, linear_to_srgb, srgb_to_linear
 
 
 def as_mesh(geometry, albedo=None, uvs=None, material_ids=None, roughness=1., metallic=0., smooth=False):
@@ -207,7 +207,8 @@ print(digest())
 
 
 def digest():
-    mesh = as_mesh(knot(), np.random.default_rng(3).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8), np.random.default_rng(4).uniform(-2, 2, (len(knot().faces) * 3, 2)))
+    texture = np.random.default_rng(3).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
+    mesh = as_mesh(knot(), texture, np.random.default_rng(4).uniform(-2, 2, (len(knot().faces) * 3, 2)))
     render = render_mesh(mesh, random_views(np.random.default_rng(0), 3, size=(40, 48)))
     return hashlib.sha256(b"".join(picture.tobytes() for picture in render)).hexdigest()
 
@@ -226,8 +227,8 @@ def test_degenerate_triangles_draw_nothing_and_break_nothing():
     vertices = np.concatenate([good.vertices, [[0, 0, 2], [0, 0, 2], [.1, 0, 2], [.2, 0, 2]]])
     faces = np.concatenate([good.faces, [[point, point + 1, point], [point, point + 2, point + 3], [point, point, point]]])
     normals = np.tile([[0., 0, 1]], (len(vertices), 1))
-    make = lambda f: Mesh(positions=vertices, normals=normals, uvs=np.zeros((len(vertices), 2)), faces=f.astype(np.int32), material_ids=np.zeros(len(f), np.int32),
-                          albedo=np.full((1, 1, 1, 3), 99, np.uint8), roughness=np.ones(1), metallic=np.zeros(1))
+    make = lambda f: Mesh(positions=vertices, normals=normals, uvs=np.zeros((len(vertices), 2)), faces=f.astype(np.int32),
+                          material_ids=np.zeros(len(f), np.int32), albedo=np.full((1, 1, 1, 3), 99, np.uint8), roughness=np.ones(1), metallic=np.zeros(1))
     cameras = orbit([0., 90], 70., size=(40, 40))
     with_bad, without = render_mesh(make(faces), cameras), render_mesh(make(good.faces), cameras)
     assert all((a == b).all() for a, b in zip(with_bad, without))
@@ -255,7 +256,8 @@ def test_views():
 
 @pytest.mark.parametrize("change, message", [
     (dict(supersample=0), "supersample is 0"), (dict(near=0.), "near is 0"), (dict(near=float("nan")), "near is nan"),
-    (dict(light=np.ones((3, 4), np.float32)), "light has shape"), (dict(sh=np.ones((4, 3))), "sh has shape"), (dict(sh=np.full((9, 3), np.nan)), "sh has shape")])
+    (dict(light=np.ones((3, 4), np.float32)), "light has shape"), (dict(sh=np.ones((4, 3))), "sh has shape"),
+    (dict(sh=np.full((9, 3), np.nan)), "sh has shape")])
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message): render_mesh(as_mesh(plate()), facing(), **change)
 

@@ -31,9 +31,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..render.light import JIT
-from ..render.mesh import linear_to_srgb, render_views, srgb_to_linear
+from ..render.mesh import render_views
 from ..scene.cameras import Cameras
-from ..scene.mesh import Mesh
+from ..scene.mesh import Mesh, linear_to_srgb, srgb_to_linear
 from ..scene.paths import atomic_path, read_json, write_json
 from ..scene.views import Views
 

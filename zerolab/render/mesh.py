@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LINEAR_STEPS', 'DECODE', 'ENCODE', 'project_vertices', 'visible_triangle', 'visible_inverse_depth', 'narrow',
-           'draw_visible', 'srgb_to_linear', 'linear_to_srgb', 'to_byte', 'halve_textures', 'Surface', 'make_surface',
-           'wrap', 'add_bilinear', 'mip_level', 'add_trilinear', 'corner_weights', 'interpolate', 'sky_radiance',
-           'reflectance', 'add_radiance', 'shade_point', 'shared_triangle', 'write_pixel', 'shade_view', 'MeshRender',
-           'check_render', 'render_mesh', 'render_views']
+           'draw_visible', 'to_byte', 'halve_textures', 'Surface', 'make_surface', 'wrap', 'add_bilinear', 'mip_level',
+           'add_trilinear', 'corner_weights', 'interpolate', 'sky_radiance', 'reflectance', 'add_radiance',
+           'shade_point', 'shared_triangle', 'write_pixel', 'shade_view', 'MeshRender', 'check_render', 'render_mesh',
+           'render_views']
 
 # %% ../../nbs/render/01_mesh.ipynb #fdc91ce7
 import math
@@ -19,7 +19,7 @@ from numba import njit
 
 from .light import JIT, WHITE_DOME, bake_light, edge_steps, pixel_range
 from ..scene.cameras import Cameras
-from ..scene.mesh import Mesh
+from ..scene.mesh import Mesh, linear_to_srgb, srgb_to_linear
 from ..scene.views import Views
 
 # %% ../../nbs/render/01_mesh.ipynb #a252f8e8
@@ -109,20 +109,6 @@ def draw_visible(
                 keys[column] = key if inside & (key > keys[column]) else keys[column]
 
 # %% ../../nbs/render/01_mesh.ipynb #cf5ba9b5
-def srgb_to_linear(
-    srgb:np.ndarray, # any shape, 0..1
-) -> np.ndarray: # linear light, 0..1
-    "Decode sRGB (IEC 61966-2-1)."
-    srgb = np.asarray(srgb, np.float64)
-    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-
-def linear_to_srgb(
-    linear:np.ndarray, # any shape, 0..1
-) -> np.ndarray: # sRGB, 0..1
-    "Encode sRGB (IEC 61966-2-1)."
-    linear = np.asarray(linear, np.float64)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
-
 LINEAR_STEPS = 16384  # entries of the encoding table: near black one step is a fifth of an 8-bit level
 DECODE = srgb_to_linear(np.arange(256) / 255).astype(np.float32)
 ENCODE = np.round(255 * linear_to_srgb(np.arange(LINEAR_STEPS + 1) / LINEAR_STEPS)).astype(np.uint8)

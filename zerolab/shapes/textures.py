@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..scene.mesh import linear_to_srgb, srgb_to_linear
+
 # %% ../../nbs/shapes/02_textures.ipynb #7072c658
 @lru_cache(maxsize=16)
 def _log_frequency(size):
@@ -182,17 +184,14 @@ def srgb_to_oklab(
     colours,         # [...,3] sRGB in [0,1]
 ) -> np.ndarray:     # [...,3] lightness, green to red, blue to yellow
     "Perceptual coordinates of display colours."
-    colours = np.asarray(colours, float)
-    linear = np.where(colours <= .04045, colours / 12.92, ((colours + .055) / 1.055) ** 2.4)
-    return _matrix(_LAB, np.cbrt(_matrix(_LMS, linear)))
+    return _matrix(_LAB, np.cbrt(_matrix(_LMS, srgb_to_linear(colours))))
 
 
 def oklab_to_srgb(
     lab,             # [...,3]
 ) -> np.ndarray:     # [...,3] sRGB, clipped to [0,1]
     "Display colours of perceptual coordinates."
-    linear = np.clip(_matrix(_INVERSE_LMS, _matrix(_INVERSE_LAB, np.asarray(lab, float)) ** 3), 0, 1)
-    return np.where(linear <= .0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - .055)
+    return linear_to_srgb(np.clip(_matrix(_INVERSE_LMS, _matrix(_INVERSE_LAB, np.asarray(lab, float)) ** 3), 0, 1))
 
 # %% ../../nbs/shapes/02_textures.ipynb #7b2ef1ec
 def _vivid_stops(rng, count):
@@ -223,7 +222,8 @@ _EXAMPLES = dict(
     black=["#0a0a0a", "#222222", "#1a1a24", "#241c18"], white=["#ffffff", "#ededed", "#f2efe6", "#e6eaf0"],
     grey=["#505050", "#808080", "#b0b0b0", "#7a808a", "#8a857c"], red=["#c81e1e", "#ff2a2a", "#8a1414", "#d8443c"],
     orange=["#ff8c1a", "#e07020", "#f0a040"], yellow=["#ffe619", "#e6c828", "#fff07a", "#c8b428"],
-    green=["#2f9e2f", "#1e5a28", "#7ac84a", "#6b7a2a", "#3cb478", "#8cd890"], blue=["#2846d2", "#1e2878", "#50a0f0", "#3c6ea0", "#8cc8f0", "#28b4c8", "#1c6e78"],
+    green=["#2f9e2f", "#1e5a28", "#7ac84a", "#6b7a2a", "#3cb478", "#8cd890"],
+    blue=["#2846d2", "#1e2878", "#50a0f0", "#3c6ea0", "#8cc8f0", "#28b4c8", "#1c6e78"],
     purple=["#7828a0", "#502878", "#a064d2", "#a082b4"], pink=["#ff78b4", "#e61e8c", "#ffbed2", "#d28c96"],
     brown=["#6e4628", "#8c643c", "#46301e", "#a0825a", "#c8aa82"])
 COLOURS = tuple(_EXAMPLES)
