@@ -180,10 +180,25 @@ def alive(pid):
 
 
 SETTINGS = dict(views=2, size=16, supersample=1, samples_per_shard=3, progress=False)
-KILLED = """
-import sys
-from zerolab.data.make import make_zeroverse
-if __name__ == "__main__": make_zeroverse(sys.argv[1], range(12), workers=2, views=2, size=16, supersample=1, samples_per_shard=3, progress=False)
+STALLED = """
+import sys, time
+from zerolab.data import make
+
+written = []
+write_shard = make.write_shard
+
+def stalling(path, samples):
+    "The second shard stops half way, and waits there to be killed."
+    def first_then_nothing():
+        yield next(samples)
+        print("half way", flush=True)
+        time.sleep(3600)
+    written.append(path)
+    return write_shard(path, samples if len(written) == 1 else first_then_nothing())
+
+if __name__ == "__main__":
+    make.write_shard = stalling
+    make.make_zeroverse(sys.argv[1], range(12), workers=2, views=2, size=16, supersample=1, samples_per_shard=3, progress=False)
 """
 
 
@@ -191,18 +206,18 @@ if __name__ == "__main__": make_zeroverse(sys.argv[1], range(12), workers=2, vie
 def test_make_zeroverse_survives_kill_and_any_number_of_workers(tmp_path):
     from zerolab.data.make import make_zeroverse
     whole = make_zeroverse(tmp_path / "whole", range(12), **SETTINGS)
-    cut, script = tmp_path / "cut", tmp_path / "killed.py"
-    script.write_text(KILLED)
-    process = subprocess.Popen([sys.executable, script, cut], env={**os.environ, "PYTHONPATH": os.getcwd()})
-    deadline = time.time() + 120
-    while not list(cut.glob("0*.tar")) and process.poll() is None and time.time() < deadline: time.sleep(0.01)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    process.kill()
-    process.wait()
-    assert 1 <= len(list(cut.glob("0*.tar"))) < 4 and children
+    cut, script = tmp_path / "cut", tmp_path / "stalled.py"
+    script.write_text(STALLED)
+    with subprocess.Popen([sys.executable, script, cut], env={**os.environ, "PYTHONPATH": os.getcwd()}, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "half way\n"
+            children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        finally: process.kill()
+    assert len(list(cut.glob("0*.tar"))) == 1 and list(cut.glob(".tmp*")) and children
     make_zeroverse(cut, range(12), **SETTINGS)
     expected = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert {path.name: path.read_bytes() for path in cut.iterdir()} == expected
+    deadline = time.time() + 60
     while any(map(alive, children)) and time.time() < deadline: time.sleep(0.1)
     assert not any(map(alive, children)), "workers outlived their killed parent"
 
