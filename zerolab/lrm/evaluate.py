@@ -274,6 +274,8 @@ def comparison_pictures(
     truth = item.targets.composite()[:targets]
     shown = prediction.rgb[:targets]
     error = (0.5 + (shown - truth)*2.5).clamp(0, 1)
-    blank = [torch.ones_like(truth[0])]*max(0, count - targets)
-    rows = (("input", item.inputs[count].composite()), ("truth", [*truth, *blank]), ("prediction", [*shown, *blank]), ("error", [*error, *blank]))
-    return [p for _, row in rows for p in row], [name for name, row in rows for _ in row]
+    rows = dict(input=item.inputs[count].composite(), truth=truth, prediction=shown, error=error)
+    width = max(map(len, rows.values()))
+    empty = torch.ones_like(truth[0])
+    pictures = [picture for row in rows.values() for picture in (*row, *[empty]*(width - len(row)))]
+    return pictures, [name if place < len(row) else "" for name, row in rows.items() for place in range(width)]

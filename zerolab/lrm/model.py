@@ -39,6 +39,7 @@ class GSLRMConfig:
     centred_radius: float = 1.8      # reach of `centred_depth` to both sides (FaceLift)
     colour_residual: bool = False    # predict what is added to the pixel's own colour
     silhouettes: bool = False        # inputs carry opacity, depths start on the visual hull; needs `centred_depth`
+    hull_inset: float = 0.           # how far inside of the hull depths start, world units, at most half of its thickness
     qk_norm: bool = False            # RMS-normalise queries and keys of every head
     head_std: float = 0.02           # standard deviation of the last layer's first weights
     checkpoint_blocks: bool = False  # recompute each block in the backward pass
@@ -56,8 +57,8 @@ class GSLRMConfig:
 # %% ../../nbs/lrm/01_model.ipynb #7202685f
 PAPER = GSLRMConfig()
 SMALL = GSLRMConfig(width=384, depth=8, heads=6, scale_bias=-3.0, centred_depth=True, qk_norm=True)
-TINY = GSLRMConfig(width=192, depth=6, heads=6, scale_bias=-4.4, opacity_bias=0.0, centred_depth=True, centred_radius=0.8,
-                   colour_residual=True, silhouettes=True, head_std=0.002)
+TINY = GSLRMConfig(width=192, depth=6, heads=6, scale_bias=-4.6, opacity_bias=0.0, centred_depth=True, centred_radius=0.8,
+                   colour_residual=True, silhouettes=True, hull_inset=0.08, head_std=0.002)
 
 # %% ../../nbs/lrm/01_model.ipynb #ac1285ae
 def ray_features(
@@ -198,7 +199,8 @@ class GSLRM(nn.Module):
         known, start = [2*images[..., :3] - 1, ray_features(origins, directions, centred=self.config.centred_depth)], 0.
         if self.config.silhouettes:
             span = hull_features(images[..., 3], cameras, origins, directions)
-            known, start = [*known, images[..., 3:], span], span[..., :1]
+            inset = (span[..., 1:] - span[..., :1]).clamp(0, 2*self.config.hull_inset)/2
+            known, start = [*known, images[..., 3:], span], span[..., :1] + inset
         x = self.embed_norm(self.embed(patchify(torch.cat(known, -1), self.config.patch)))
         for block in self.blocks: x = self.run_block(block, x)
         raw = unpatchify(self.head(self.head_norm(x)), tuple(images.shape[1:4]), self.config.patch)
