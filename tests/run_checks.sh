@@ -36,7 +36,8 @@ notebooks_clean() {   # no execution counts, no stray metadata
 step "ruff"            ruff check --no-cache
 step "export in sync"  export_in_sync
 step "notebooks clean" notebooks_clean
-step "notebooks run"   timeout 900 nbdev_test --n_workers 2
+step "kernels"         timeout 600 python tests/compile_kernels.py
+step "notebooks run"   timeout 900 env ZEROLAB_RUN_DIR="$copy/run" nbdev_test --n_workers 2   # not runs/scratch, where an old run would go on
 step "documentation"   timeout 600 python -m zerolab.dev.site build
 timeout 900 python -m pytest tests || failed=1
 exit $failed
