@@ -1,4 +1,6 @@
-"""Every GPU check in one go: python tests/gpu/run_all.py. Writes $OUT/gpu.json (default: the current folder), and exits 1 if a check failed."""
+"""Every GPU check in one go: python tests/gpu/run_all.py. Writes $OUT/gpu.json (default: here), exits 1 if a check failed and 2 if there is no GPU.
+
+Needs CUDA, torch built for it, gsplat and a compiler for gsplat's first use: pip install -e '.[dev,gpu]'."""
 import json
 import os
 import sys
@@ -22,7 +24,8 @@ def environment():
 
 def build():
     "gsplat compiles itself on first use; do that once, before anything is timed."
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    import torch
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
     start = time.perf_counter()
     from gsplat.cuda._backend import _C
     return {"built": _C is not None, "seconds": time.perf_counter() - start}
@@ -39,21 +42,51 @@ def splat_throughput():
     return [throughput(*case) for case in ((1, 2, 8192, 64), (1, 4, 65536, 128), (1, 1, 200_000, 512), (8, 8, 65536, 128), (8, 8, 262_144, 256))]
 
 
+def lrm_throughput():
+    "The SMALL model in the real training loop, one row a setting."
+    from test_gpu_lrm import training_throughput
+    cases = ((64, 4, "float32"), (64, 4, "bfloat16"), (64, 16, "bfloat16"), (128, 4, "float32"), (128, 4, "bfloat16"), (128, 16, "bfloat16"))
+    return [training_throughput(*case) for case in cases]
+
+
+def lrm_recomputed():
+    "The same with blocks recomputed in the backward pass."
+    from dataclasses import replace
+    from test_gpu_lrm import SMALL, training_throughput
+    return [training_throughput(size, objects, "bfloat16", config=replace(SMALL, checkpoint_blocks=True)) for size, objects in ((64, 16), (128, 16))]
+
+
+def lrm_precision():
+    "Half precision against float32, and CUDA against the CPU."
+    from test_gpu_lrm import cpu_agreement, precision_agreement
+    return {"bfloat16_against_float32": [precision_agreement(size) for size in (64, 128)], "cuda_against_cpu": [cpu_agreement(64)]}
+
+
 def pytest_gpu():
     "The tests themselves, all files of this folder."
     import pytest
-    import torch
-    if not torch.cuda.is_available(): raise RuntimeError("no CUDA here: every test would be skipped")
     code = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", str(Path(__file__).parent)])
     if code: raise AssertionError(f"pytest ended with code {int(code)}")
     return {"passed": True}
 
 
+def why_not():
+    "What is missing, in one line, or None."
+    try: import torch
+    except ImportError: return "torch is not installed: pip install -e '.[dev,gpu]'"
+    if torch.version.cuda is None: return f"torch {torch.__version__} is built without CUDA: install a CUDA build of it"
+    if not torch.cuda.is_available(): return "no CUDA device here: run this on a machine with an NVIDIA GPU"
+
+
 def main():
+    missing = why_not()
+    if missing:
+        print(f"run_all: {missing}", file=sys.stderr)
+        return 2
     out = Path(os.environ.get("OUT", "."))
     out.mkdir(parents=True, exist_ok=True)
     report, failed = {}, []
-    for check in (environment, build, splat_parity, splat_throughput, pytest_gpu):
+    for check in (environment, build, splat_parity, splat_throughput, lrm_throughput, lrm_recomputed, lrm_precision, pytest_gpu):
         start = time.perf_counter()
         try: result = {"ok": True, "result": check()}
         except BaseException as error:
