@@ -320,7 +320,7 @@ DAMAGE = {
     "a weight too few": (without("head.weight"), "head.weight"),
     "a weight too many": (extra_tensor, "blocks.9.mlp.0.weight"),
 }
-UNCLEAR = {"no heads": "ZeroDivisionError", "width is text": "TypeError", "width is nothing": "TypeError", "heads that do not divide": "the folder is not named",
+UNCLEAR = {"no heads": "ZeroDivisionError", "width is text": "TypeError", "width is nothing": "TypeError", "heads that do not divide": "folder not named",
            "another width": "a message of many lines", "another depth": "a message of many lines", "a weight too few": "a message of many lines",
            "a weight too many": "a message of many lines"}
 
