@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEST_SEED', 'BASELINES', 'Item', 'make_item', 'scan_items', 'zeroverse_items', 'Prediction', 'reconstruct',
-           'predict_lrm', 'predict_white', 'nearest_inputs', 'predict_nearest', 'hull_points', 'mean_colour',
-           'predict_hull', 'hull_colours', 'score', 'evaluate', 'mean_scores', 'best_baseline', 'score_table',
-           'comparison_pictures']
+           'predict_lrm', 'predict_white', 'nearest_inputs', 'predict_nearest', 'hull_points', 'predict_hull',
+           'paint_mean', 'pixels_of', 'paint_nearest', 'paint_visible', 'score', 'evaluate', 'mean_scores',
+           'best_baseline', 'score_table', 'comparison_pictures']
 
 # %% ../../nbs/lrm/04_evaluate.ipynb #0066d5c6
 from functools import partial
@@ -147,61 +147,85 @@ def hull_points(
     return middle + entry.nan_to_num()*directions, ~entry[..., 0].isnan()
 
 
-def mean_colour(
-    inputs: Views,
-) -> Tensor: # [3] in [0,1]
-    "Of all input pixels, weighted by their opacity."
-    rgba = inputs.rgba.float()/255
-    return (rgba[..., :3]*rgba[..., 3:]).sum((0, 1, 2))/rgba[..., 3].sum().clamp_min(1)
-
-
 def predict_hull(
     inputs: Views,
     cameras: Cameras,   # of the targets
     *,
-    coloured: bool,     # from the inputs, else their mean colour
+    paint: Callable,    # (inputs, cameras, points [T,H,W,3]) -> their colours [T,H,W,3]
     supersample: int = 2, # rays a pixel and side
 ) -> Prediction:
     "Draw the visual hull of the input masks."
     height, width = cameras.size
     fine = cameras.resize((height*supersample, width*supersample))
     points, hit = hull_points(inputs, fine)
-    colours = hull_colours(inputs, fine, points) if coloured else mean_colour(inputs).expand(*hit.shape, 3)
+    colours = paint(inputs, fine, points)
     pool = lambda x: F.avg_pool2d(x.permute(0, 3, 1, 2), supersample).permute(0, 2, 3, 1)
     solid = hit[..., None].float()
     return Prediction(pool(colours*solid + 1 - solid), pool(solid)[..., 0])
 
 # %% ../../nbs/lrm/04_evaluate.ipynb #3b935b31
-def hull_colours(
+def paint_mean(
+    inputs: Views,
+    cameras: Cameras, # [T] of the targets
+    points: Tensor,   # [T,H,W,3] on the hull
+) -> Tensor:          # [T,H,W,3]
+    "The mean colour of all input pixels, weighted by their opacity."
+    rgba = inputs.rgba.float()/255
+    mean = (rgba[..., :3]*rgba[..., 3:]).sum((0, 1, 2))/rgba[..., 3].sum().clamp_min(1)
+    return mean.expand(points.shape)
+
+# %% ../../nbs/lrm/04_evaluate.ipynb #a6e4ca55
+def pixels_of(
+    cameras: Cameras, # [V]
+    points: Tensor,   # [N,3]
+) -> tuple[Tensor, Tensor, Tensor]: # rows [V,N], columns [V,N], and camera depths [V,N]
+    "The pixels that points fall on; outside of a picture the nearest pixel of its border."
+    uv, depth = cameras.project(points)
+    column, row = uv.nan_to_num(0).floor().long().unbind(-1)
+    return row.clamp(0, cameras.height - 1), column.clamp(0, cameras.width - 1), depth
+
+
+def paint_nearest(
+    inputs: Views,
+    cameras: Cameras, # [T] of the targets
+    points: Tensor,   # [T,H,W,3] on the hull
+) -> Tensor:          # [T,H,W,3]
+    "The colours that points have in the input view nearest to the target."
+    rgb = inputs.rgba[..., :3].float()/255
+    colours = torch.empty_like(points)
+    for target, view in enumerate(nearest_inputs(inputs.cameras, cameras)[:, 0].tolist()):
+        row, column, _ = pixels_of(inputs.cameras, points[target].flatten(0, 1))
+        colours[target] = rgb[view, row[view], column[view]].reshape(points.shape[1:])
+    return colours
+
+# %% ../../nbs/lrm/04_evaluate.ipynb #24aaf7b5
+def paint_visible(
     inputs: Views,
     cameras: Cameras, # [T] of the targets
     points: Tensor,   # [T,H,W,3] on the hull
     tolerance: float = 0.06, # world units, about one and a half pixels of a 64 px picture
 ) -> Tensor:          # [T,H,W,3]
-    "Colours of hull points from the nearest input view that sees them."
-    rgba = torch.cat([inputs.rgba[..., :3].float()/255, inputs.alpha[..., None]], -1)
+    "The colours that points have in the nearest input view that sees them."
+    rgba = inputs.rgba.float()/255
     surface, hit = hull_points(inputs, inputs.cameras)
-    depth = inputs.cameras.project(surface.flatten(0, 2))[1]                     # [V, V*H*W]
-    depth = torch.stack([d.unflatten(0, hit.shape)[v] for v, d in enumerate(depth)]).where(hit, torch.inf)
+    depth = (surface - inputs.cameras.centers[:, None, None]).mul(inputs.cameras.forward[:, None, None]).sum(-1).where(hit, torch.inf)
     order = nearest_inputs(inputs.cameras, cameras)
-    colours = mean_colour(inputs).expand(points.shape).clone()
-    height, width = inputs.cameras.size
+    colours = paint_mean(inputs, cameras, points).clone()
     for target, target_points in enumerate(points):
-        uv, z = inputs.cameras.project(target_points.flatten(0, 1))
+        row, column, z = pixels_of(inputs.cameras, target_points.flatten(0, 1))
         for view in order[target].flip(0).tolist():                              # the nearest writes last
-            column, row = (uv[view].nan_to_num(-1).floor().long()).unbind(-1)
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
-            seen = inside & (z[view] < depth[view, row, column] + tolerance) & (rgba[view, row, column, 3] > 0.5)
-            colours[target].flatten(0, 1)[seen] = rgba[view, row, column, :3][seen]
+            pixel = (view, row[view], column[view])
+            seen = (z[view] < depth[pixel] + tolerance) & (rgba[pixel][..., 3] > 0.5)
+            colours[target].flatten(0, 1)[seen] = rgba[pixel][seen, :3]
     return colours
 
-# %% ../../nbs/lrm/04_evaluate.ipynb #a6e4ca55
+# %% ../../nbs/lrm/04_evaluate.ipynb #50e6a0a2
 BASELINES = {
     "white page": predict_white,
     "nearest view": predict_nearest,
-    "hull, mean colour": partial(predict_hull, coloured=False),
-    "hull, coloured": partial(predict_hull, coloured=True),
+    "hull, mean colour": partial(predict_hull, paint=paint_mean),
+    "hull, nearest view": partial(predict_hull, paint=paint_nearest),
+    "hull, visible view": partial(predict_hull, paint=paint_visible),
 }
 
 # %% ../../nbs/lrm/04_evaluate.ipynb #02f7db4f

@@ -38,10 +38,10 @@ class GSLRMConfig:
     centred_depth: bool = False      # measure depth from the ray's point nearest the origin
     centred_radius: float = 1.8      # reach of `centred_depth` to both sides (FaceLift)
     colour_residual: bool = False    # predict what is added to the pixel's own colour
-    silhouettes: bool = False        # inputs carry opacity, depths start on the visual hull; needs `centred_depth`
-    hull_inset: float = 0.           # how far inside of the hull depths start, world units, at most half of its thickness
+    silhouettes: bool = False        # inputs carry opacity, depths stay in the visual hull; needs `centred_depth`
+    hull_inset: float = 0.           # kept free at both ends of a ray's way through the hull, at most all of it, world units
+    pixel_head: int = 0              # hidden width of an MLP that each pixel ends with, 0: the paper's linear layer
     qk_norm: bool = False            # RMS-normalise queries and keys of every head
-    head_std: float = 0.02           # standard deviation of the last layer's first weights
     checkpoint_blocks: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
@@ -57,8 +57,8 @@ class GSLRMConfig:
 # %% ../../nbs/lrm/01_model.ipynb #7202685f
 PAPER = GSLRMConfig()
 SMALL = GSLRMConfig(width=384, depth=8, heads=6, scale_bias=-3.0, centred_depth=True, qk_norm=True)
-TINY = GSLRMConfig(width=192, depth=6, heads=6, scale_bias=-4.6, opacity_bias=0.0, centred_depth=True, centred_radius=0.8,
-                   colour_residual=True, silhouettes=True, hull_inset=0.08, head_std=0.002)
+TINY = GSLRMConfig(width=192, depth=6, heads=6, scale_bias=-4.6, opacity_bias=0.0, centred_depth=True,
+                   colour_residual=True, silhouettes=True, hull_inset=0.08, pixel_head=64)
 
 # %% ../../nbs/lrm/01_model.ipynb #ac1285ae
 def ray_features(
@@ -141,13 +141,15 @@ def decode(
     origins: Tensor,    # [B,V,H,W,3] of the pixels' rays
     directions: Tensor, # [B,V,H,W,3] unit
     config: GSLRMConfig,
-    start: Tensor | float = 0., # [B,V,H,W,1] depth that a zero means, counted from the ray's middle, for `centred_depth`
+    span: Tensor | None = None, # [B,V,H,W,2] nearest and farthest depth, counted from the ray's middle, for `silhouettes`
 ) -> Gaussians:         # [B,V*H*W], SH degree 0
     "The activations of GS-LRM's output (appendix A.4)."
     distance, colour, scale, rotation, opacity = raw.split(tuple(OUTPUTS.values()), -1)
-    if config.centred_depth:
-        depth = start + config.centred_radius*(2*torch.sigmoid(distance) - 1)
-        means = nearest_point(origins, directions) + depth*directions
+    if span is not None:
+        near, far = span.split(1, -1)
+        means = nearest_point(origins, directions) + (near + (far - near)*torch.sigmoid(distance - 3))*directions
+    elif config.centred_depth:
+        means = nearest_point(origins, directions) + config.centred_radius*(2*torch.sigmoid(distance) - 1)*directions
     else:
         share = torch.sigmoid(distance)
         means = origins + ((1 - share)*config.near + share*config.far)*directions
@@ -185,9 +187,14 @@ class GSLRM(nn.Module):
         self.embed_norm = nn.LayerNorm(config.width, bias=False)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.head_norm = nn.LayerNorm(config.width, bias=False)
-        self.head = nn.Linear(config.width, sum(OUTPUTS.values())*values, bias=False)
+        numbers = sum(OUTPUTS.values())
+        self.head = nn.Linear(config.width, (16 if config.pixel_head else numbers)*values, bias=False)
         for module in self.modules():
-            if isinstance(module, nn.Linear): nn.init.normal_(module.weight, std=config.head_std if module is self.head else 0.02)
+            if isinstance(module, nn.Linear): nn.init.normal_(module.weight, std=0.02)
+        if config.pixel_head:
+            self.pixel_head = nn.Sequential(nn.Linear(16 + config.channels, config.pixel_head, bias=False), nn.GELU(),
+                                            nn.Linear(config.pixel_head, numbers, bias=False))
+            nn.init.normal_(self.pixel_head[-1].weight, std=0.02)
 
     def forward(
         self,
@@ -196,15 +203,17 @@ class GSLRM(nn.Module):
     ) -> Gaussians:       # [B,V*H*W]
         check_inputs(images, cameras, self.config)
         origins, directions = cameras.rays()
-        known, start = [2*images[..., :3] - 1, ray_features(origins, directions, centred=self.config.centred_depth)], 0.
+        known, span = [2*images[..., :3] - 1, ray_features(origins, directions, centred=self.config.centred_depth)], None
         if self.config.silhouettes:
-            span = hull_features(images[..., 3], cameras, origins, directions)
-            inset = (span[..., 1:] - span[..., :1]).clamp(0, 2*self.config.hull_inset)/2
-            known, start = [*known, images[..., 3:], span], span[..., :1] + inset
-        x = self.embed_norm(self.embed(patchify(torch.cat(known, -1), self.config.patch)))
+            entry, leave = hull_features(images[..., 3], cameras, origins, directions).split(1, -1)
+            inset = (leave - entry).clamp(0, 2*self.config.hull_inset)/2
+            known, span = [*known, images[..., 3:], entry, leave], torch.cat([entry + inset, leave - inset], -1)
+        known = torch.cat(known, -1)
+        x = self.embed_norm(self.embed(patchify(known, self.config.patch)))
         for block in self.blocks: x = self.run_block(block, x)
         raw = unpatchify(self.head(self.head_norm(x)), tuple(images.shape[1:4]), self.config.patch)
-        return decode(raw.float(), images, origins, directions, self.config, start)
+        if self.config.pixel_head: raw = self.pixel_head(torch.cat([raw, known], -1))
+        return decode(raw.float(), images, origins, directions, self.config, span)
 
     def run_block(self, block, x):
         "One block, kept or recomputed in the backward pass."
