@@ -9,8 +9,8 @@ import torch
 
 from zerolab.lrm import evaluate as room
 from zerolab.lrm.evaluate import (BASELINES, TEST_SEED, Item, Prediction, best_baseline, comparison_pictures, evaluate, hull_points, make_item,
-                                  mean_colour, mean_scores, nearest_inputs, predict_hull, predict_lrm, predict_nearest, predict_white,
-                                  reconstruct, score, score_table, zeroverse_items)
+                                  mean_scores, nearest_inputs, paint_mean, paint_nearest, paint_visible, predict_hull, predict_lrm,
+                                  predict_nearest, predict_white, reconstruct, score, score_table, zeroverse_items)
 from zerolab.lrm.losses import gaussian_window, load_perceptual, mask_iou, psnr, reconstruction_loss, ssim
 from zerolab.lrm.model import GSLRM, GSLRMConfig
 from zerolab.scene.cameras import Cameras, gso_inputs, orbit
@@ -180,7 +180,7 @@ def test_nearest_view_is_the_one_at_the_smallest_angle(ball):
 
 @pytest.mark.parametrize("count", [4, 8])
 def test_the_hull_covers_the_ball_and_little_more(ball, count):
-    alpha = predict_hull(ball.inputs[count], ball.targets.cameras, coloured=False).alpha
+    alpha = predict_hull(ball.inputs[count], ball.targets.cameras, paint=paint_mean).alpha
     truth = ball.targets.alpha > 0.5
     inner = torch.nn.functional.max_pool2d(-truth[:, None].float(), 3, 1, 1)[:, 0] < -0.5  # without its outermost pixels
     assert (alpha[inner] > 0.9).float().mean() > 0.995
@@ -190,21 +190,30 @@ def test_the_hull_covers_the_ball_and_little_more(ball, count):
 
 
 def test_the_coloured_hull_takes_colours_from_views_that_see_the_point(ball):
-    prediction = predict_hull(ball.inputs[8], ball.targets.cameras, coloured=True)
+    prediction = predict_hull(ball.inputs[8], ball.targets.cameras, paint=paint_visible)
     inside = (ball.targets.alpha > 0.5) & (prediction.alpha > 0.99)
     right = (prediction.rgb - ball.targets.composite()).abs().amax(-1) < 0.1
     assert right[inside].float().mean() > 0.93
-    plain = predict_hull(ball.inputs[8], ball.targets.cameras, coloured=False)
-    torch.testing.assert_close(plain.rgb[inside], mean_colour(ball.inputs[8]).expand(int(inside.sum()), 3), atol=1e-5, rtol=0)
+    plain = predict_hull(ball.inputs[8], ball.targets.cameras, paint=paint_mean)
+    torch.testing.assert_close(plain.rgb[inside], paint_mean(ball.inputs[8], ball.targets.cameras, plain.rgb)[inside], atol=1e-5, rtol=0)
     assert torch.equal(plain.alpha, prediction.alpha)
     better = [score(BASELINES[name](ball.inputs[8], ball.targets.cameras), ball.targets)["psnr"] for name in
-              ("white page", "hull, mean colour", "hull, coloured")]
+              ("white page", "hull, mean colour", "hull, visible view")]
     assert better == sorted(better)
 
 
-def test_mean_colour_is_of_the_object_alone(ball):
-    assert mean_colour(ball.inputs[4])[1] == 0 and mean_colour(ball.inputs[4]).sum() == pytest.approx(1, abs=1e-4)
-    assert mean_colour(Views(torch.zeros(4, 16, 16, 4, dtype=torch.uint8), gso_inputs(4, size=(16, 16)))).tolist() == [0, 0, 0]
+def test_the_mean_colour_is_of_the_object_alone(ball):
+    mean = lambda views: paint_mean(views, views.cameras, torch.zeros(1, 1, 1, 3)).flatten()
+    assert mean(ball.inputs[4])[1] == 0 and mean(ball.inputs[4]).sum() == pytest.approx(1, abs=1e-4)
+    assert mean(Views(torch.zeros(4, 16, 16, 4, dtype=torch.uint8), gso_inputs(4, size=(16, 16)))).tolist() == [0, 0, 0]
+
+
+def test_paint_from_the_nearest_view_is_its_pixel(ball):
+    "Points on the input's own rays get the input's own pixels."
+    inputs = ball.inputs[4]
+    points, hit = hull_points(inputs, inputs.cameras)
+    right = (paint_nearest(inputs, inputs.cameras, points) == inputs.rgba[..., :3]/255.).all(-1)
+    assert right[hit].float().mean() > 0.99
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -244,13 +253,13 @@ def test_scores_are_means_over_views_and_rows_name_what_they_are(ball, model):
 
 def test_best_baseline_and_tables():
     rows = [dict(object=name, method=method, psnr=value, ssim=value/40, iou=0.5) for name, method, value in
-            [("cup", "white page", 10.), ("cup", "hull, coloured", 21.), ("cup", "nearest view", 22.), ("cup", "model", 30.),
-             ("shoe", "white page", 12.), ("shoe", "hull, coloured", 19.), ("shoe", "nearest view", 17.), ("shoe", "model", 31.)]]
-    assert mean_scores(rows) == {"white page": 11, "hull, coloured": 20, "nearest view": 19.5, "model": 30.5}
-    assert best_baseline(rows) == ("hull, coloured", 20), "by the mean, not by the best object, and the model is none"
+            [("cup", "white page", 10.), ("cup", "hull, visible view", 21.), ("cup", "nearest view", 22.), ("cup", "model", 30.),
+             ("shoe", "white page", 12.), ("shoe", "hull, visible view", 19.), ("shoe", "nearest view", 17.), ("shoe", "model", 31.)]]
+    assert mean_scores(rows) == {"white page": 11, "hull, visible view": 20, "nearest view": 19.5, "model": 30.5}
+    assert best_baseline(rows) == ("hull, visible view", 20), "by the mean, not by the best object, and the model is none"
     with pytest.raises(ValueError, match="no baseline"): best_baseline([row for row in rows if row["method"] == "model"])
     lines = score_table(rows).splitlines()
-    assert lines[0] == "| psnr | white page | hull, coloured | nearest view | model |" and lines[3] == "| shoe | 12.00 | 19.00 | 17.00 | 31.00 |"
+    assert lines[0] == "| psnr | white page | hull, visible view | nearest view | model |" and lines[3] == "| shoe | 12.00 | 19.00 | 17.00 | 31.00 |"
     assert lines[-1] == "| **mean** | 11.00 | 20.00 | 19.50 | 30.50 |" and len({line.count("|") for line in lines}) == 1
     assert score_table(rows, "ssim", 3).splitlines()[2] == "| cup | 0.250 | 0.525 | 0.550 | 0.750 |"
 

@@ -57,7 +57,9 @@ def test_the_papers_model_has_303_million_weights():
 def test_parameter_count_by_formula(config):
     d, values = config.width, config.patch**2
     block = (4 + 2*config.mlp_ratio)*d**2 + 2*d + (2*d//config.heads if config.qk_norm else 0)
-    assert parameter_count(config) == config.depth*block + (config.channels + 12)*values*d + 2*d
+    hidden, channels = config.pixel_head, config.channels
+    ends = (channels + 16)*values*d + (16 + channels)*hidden + 12*hidden if hidden else (channels + 12)*values*d
+    assert parameter_count(config) == config.depth*block + ends + 2*d
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -91,11 +93,12 @@ def test_attention_is_its_definition(qk_norm):
     torch.testing.assert_close(attention(x), torch.cat(heads, -1) @ attention.out.weight.T)
 
 
-def pixel_by_hand(raw, image, origin, direction, config, start):
+def pixel_by_hand(raw, image, origin, direction, config, span):
     "Appendix A.4 of GS-LRM and zerolab's switches, for one pixel, in plain Python."
     sigmoid = lambda x: 1/(1 + math.exp(-x))
     dot = sum(o*d for o, d in zip(origin, direction))
-    if config.centred_depth: distance = -dot + start + config.centred_radius*(2*sigmoid(raw[0]) - 1)
+    if config.silhouettes: distance = -dot + span[0] + (span[1] - span[0])*sigmoid(raw[0] - 3)
+    elif config.centred_depth: distance = -dot + config.centred_radius*(2*sigmoid(raw[0]) - 1)
     else: distance = (1 - sigmoid(raw[0]))*config.near + sigmoid(raw[0])*config.far
     mean = [min(max(o + distance*d, -1), 1) for o, d in zip(origin, direction)]
     colour = [raw[1 + c] + ((image[c] - 0.5)*math.sqrt(4*math.pi) if config.colour_residual else 0) for c in range(3)]
@@ -113,10 +116,9 @@ def test_decode_is_the_papers_table(config):
     origins, directions = cameras.rays()
     raw = 2*torch.randn(2, 3, 4, 5, 12, generator=generator, dtype=torch.float64)
     images = torch.rand(2, 3, 4, 5, 4, generator=generator, dtype=torch.float64)[..., :4 if config.silhouettes else 3]
-    start = torch.randn(2, 3, 4, 5, 1, generator=generator, dtype=torch.float64) if config.centred_depth else 0.
-    gaussians = decode(raw, images, origins, directions, config, start)
-    starts = start.flatten().tolist() if config.centred_depth else [0.]*120
-    by_hand = [pixel_by_hand(*pixel, config, s) for *pixel, s in zip(*(x.flatten(0, 3).tolist() for x in (raw, images, origins, directions)), starts)]
+    span = torch.randn(2, 3, 4, 5, 2, generator=generator, dtype=torch.float64).sort(-1).values
+    gaussians = decode(raw, images, origins, directions, config, span if config.silhouettes else None)
+    by_hand = [pixel_by_hand(*pixel[:4], config, pixel[4]) for pixel in zip(*(x.flatten(0, 3).tolist() for x in (raw, images, origins, directions, span)))]
     for name, expected in zip(FIELDS, zip(*by_hand)):
         found = getattr(gaussians, name)
         expected = torch.tensor(expected, dtype=torch.float64).reshape(found.shape)
@@ -183,7 +185,8 @@ def test_a_picture_teaches_every_weight(config):
     drawn_loss(model, pictures(config, cameras), cameras).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
-    outputs = model.head.weight.grad.reshape(config.patch**2, 12, -1).abs().amax((0, 2))
+    last = model.pixel_head[-1].weight.grad[None] if config.pixel_head else model.head.weight.grad.reshape(config.patch**2, 12, -1)
+    outputs = last.abs().amax((0, 2))
     assert (outputs > 0).all(), f"one of the twelve outputs learns nothing: {outputs.tolist()}"
 
 
@@ -238,13 +241,14 @@ def test_hull_features_are_zero_where_nothing_is_seen():
 
 @pytest.mark.parametrize("inset", [0., 0.1, 9.])
 def test_a_silent_network_starts_inside_of_the_hull(inset):
-    "As deep behind the hull's surface as the config says, but never behind its middle."
+    "A twentieth of the way through what is left of the hull when both its ends are kept free; in the middle where nothing is left."
     config, cameras = replace(SILHOUETTES, hull_inset=inset), rig(4)
     model, images = GSLRM(config), pictures(SILHOUETTES, cameras)
     torch.nn.init.zeros_(model.head.weight)
     origins, directions = cameras.rays()
     span = hull_features(images[..., 3], cameras, origins, directions)
-    depth = torch.minimum(span[..., 0] + inset, span.mean(-1))
+    near, far = torch.minimum(span[..., 0] + inset, span.mean(-1)), torch.maximum(span[..., 1] - inset, span.mean(-1))
+    depth = near + (far - near)/(1 + math.exp(3))
     middles = origins - (origins*directions).sum(-1, keepdim=True)*directions
     with torch.no_grad(): means = model(images, cameras).means
     torch.testing.assert_close(means, (middles + depth[..., None]*directions).flatten(1, 3).clamp(-1, 1), atol=1e-5, rtol=0)
@@ -256,7 +260,7 @@ def test_half_precision_leaves_the_rays_alone(config):
     """A network that says zeros predicts points that depend on the rays alone: these must not be rounded to the 8 bits of bfloat16,
     with which a camera at distance 2.7 stands a quarter of a 64 px pixel beside itself."""
     model, cameras = GSLRM(config), rig(4)
-    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_((model.pixel_head[-1] if config.pixel_head else model.head).weight)
     images = pictures(config, cameras)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): half = model(images, cameras).means
     with torch.no_grad(): whole = model(images, cameras).means
