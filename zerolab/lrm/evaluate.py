@@ -40,7 +40,7 @@ class Item(NamedTuple):
 
 
 def make_item(
-    name: str,
+    name: str,          # of the object, for tables
     mesh: Mesh,         # normalised to the cube of +-0.9
     place: int,         # in the benchmark: seeds the target cameras
     *,
@@ -240,13 +240,14 @@ def score(
 
 
 def evaluate(
-    items: Iterable[Item],
+    items: Iterable[Item],        # a benchmark
     methods: dict[str, Callable], # name to function of input views and target cameras
     count: int = 4,               # of input views
 ) -> list[dict]:                  # rows of object, method, inputs, psnr, ssim, iou
     "Score methods on a benchmark."
     rows = []
     for item in items:
+        if count not in item.inputs: raise ValueError(f"evaluate: {item.name} has {sorted(item.inputs)} inputs, not {count}: make_item takes counts")
         for name, method in methods.items():
             prediction = method(item.inputs[count], item.targets.cameras)
             rows.append(dict(object=item.name, method=name, inputs=count, **score(prediction, item.targets)))
@@ -255,7 +256,7 @@ def evaluate(
 
 def mean_scores(
     rows: list[dict],       # of `evaluate`
-    metric: str = "psnr",
+    metric: str = "psnr",   # or ssim, iou
 ) -> dict[str, float]:      # method to mean over objects
     "The mean of a metric over objects, for each method."
     found = {}
@@ -274,8 +275,8 @@ def best_baseline(
 # %% ../../nbs/lrm/04_evaluate.ipynb #bfe0b05b
 def score_table(
     rows: list[dict],      # of `evaluate`
-    metric: str = "psnr",
-    digits: int = 2,
+    metric: str = "psnr",  # or ssim, iou
+    digits: int = 2,       # after the point
 ) -> str:                  # Markdown
     "Objects down, methods across, means last."
     methods = list(dict.fromkeys(row["method"] for row in rows))

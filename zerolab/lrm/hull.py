@@ -85,6 +85,11 @@ def hull_span(
     "Where rays enter and leave the visual hull of silhouettes."
     if alpha.ndim != 3 or tuple(alpha.shape) != (len(cameras), *cameras.size):
         raise ValueError(f"hull_span: alpha has shape {tuple(alpha.shape)}, cameras are {len(cameras)} of {cameras.size}: need [V,H,W]")
+    if origins.shape != directions.shape or origins.shape[-1:] != (3,):
+        raise ValueError(f"hull_span: origins have shape {tuple(origins.shape)} and directions {tuple(directions.shape)}: need [...,3] both")
+    if wanted is not None and wanted.shape != origins.shape[:-1]:
+        raise ValueError(f"hull_span: wanted has shape {tuple(wanted.shape)}, the rays {tuple(origins.shape[:-1])}: need one value a ray")
+    if samples < 1 or not reach > 0: raise ValueError(f"hull_span: samples is {samples} and reach {reach}, need at least 1 and more than 0")
     middles = origins - (origins*directions).sum(-1, keepdim=True)*directions
     flat = lambda x: np.ascontiguousarray(x.detach().reshape(-1, 3).cpu().double().numpy())
     array = lambda x: np.ascontiguousarray(x.detach().cpu().double().numpy())

@@ -58,7 +58,7 @@ def ssim(
 def mask_iou(
     prediction: Tensor, # [...,H,W] opacity in [0,1]
     target: Tensor,     # [...,H,W] opacity in [0,1]
-    threshold: float = 0.5,
+    threshold: float = 0.5, # opacity that counts as covered
 ) -> Tensor:            # [...] in [0,1]; 1 where both are empty
     "Intersection over union of two silhouettes."
     if prediction.shape != target.shape: raise ValueError(f"mask_iou: shapes {tuple(prediction.shape)} and {tuple(target.shape)} must be equal")

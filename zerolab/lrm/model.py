@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'SMALL', 'TINY', 'OUTPUTS', 'GSLRMConfig', 'ray_features', 'nearest_point', 'patchify', 'unpatchify',
-           'Attention', 'Block', 'decode', 'hull_features', 'GSLRM', 'check_inputs', 'parameter_count', 'save_lrm',
-           'load_lrm']
+           'HeadNorm', 'Attention', 'Block', 'decode', 'hull_features', 'GSLRM', 'check_inputs', 'parameter_count',
+           'save_lrm', 'load_lrm']
 
 # %% ../../nbs/lrm/01_model.ipynb #d9efea8c
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from .hull import hull_span
 from ..scene.cameras import Cameras
 from ..scene.gaussians import Gaussians, rgb_to_sh
-from ..scene.paths import atomic_path, read_json, write_json
+from ..train.checkpoint import load_model, save_model
 
 # %% ../../nbs/lrm/01_model.ipynb #3fd8f420
 @dataclass(frozen=True)
@@ -45,9 +44,12 @@ class GSLRMConfig:
     checkpoint_blocks: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self):
+        for name in ("patch", "width", "depth", "heads", "mlp_ratio"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1: raise ValueError(f"GSLRMConfig: {name} is {value!r}, need a whole number of at least 1")
         if self.width % self.heads: raise ValueError(f"GSLRMConfig: width {self.width} is not divisible by {self.heads} heads")
-        if self.silhouettes and not self.centred_depth: raise ValueError("GSLRMConfig: silhouettes counts depth from the ray's middle: set centred_depth=True, too")
-        if min(self.patch, self.depth) < 1: raise ValueError(f"GSLRMConfig: patch is {self.patch} and depth {self.depth}, need at least 1")
+        if self.silhouettes and not self.centred_depth:
+            raise ValueError("GSLRMConfig: silhouettes counts depth from the ray's middle: set centred_depth=True, too")
 
     @property
     def channels(self) -> int:
@@ -101,6 +103,11 @@ def unpatchify(
     return grid.permute(0, 1, 2, 4, 3, 5, 6).reshape(B, V, H, W, -1)
 
 # %% ../../nbs/lrm/01_model.ipynb #011f9209
+class HeadNorm(nn.RMSNorm):
+    "RMS norm in the precision of its input: under autocast, torch's own would fall back to a slow mixture."
+    def forward(self, x): return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     "Multi-head self-attention over all tokens of all views."
     def __init__(self, width, heads, qk_norm):
@@ -108,7 +115,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3*width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.query_norm, self.key_norm = (nn.RMSNorm(width//heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.query_norm, self.key_norm = (HeadNorm(width//heads) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x):
         B, N, width = x.shape
@@ -246,34 +253,22 @@ def parameter_count(
 # %% ../../nbs/lrm/01_model.ipynb #33142c50
 def save_lrm(
     model: GSLRM,
-    folder: str | Path,           # made if missing
+    folder: str | Path,                 # made if missing
     *,
     dtype: torch.dtype = torch.float32, # of the weights in the file
-) -> Path:
+) -> Path:                              # `folder`
     "Write `model.safetensors` and `config.json`, each whole or not at all."
-    from safetensors.torch import save_file
-    folder = Path(folder)
-    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
-    with atomic_path(folder/"model.safetensors") as path: save_file(tensors, str(path), metadata={"format": "pt"})
-    write_json(folder/"config.json", {"model_type": "gs-lrm", **asdict(model.config)})
-    return folder
+    return save_model(Path(folder), model, {"model_type": "gs-lrm", **asdict(model.config)}, dtype=dtype)
 
 
 def load_lrm(
     folder: str | Path, # holds `model.safetensors` and `config.json`
 ) -> GSLRM:             # in float32, on the CPU, in evaluation mode
     "Read what `save_lrm` wrote."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    folder = Path(folder)
-    config = read_json(folder/"config.json")
-    if not isinstance(config, dict) or config.pop("model_type", None) != "gs-lrm": raise ValueError(f"{folder}/config.json does not describe a gs-lrm")
-    unknown = set(config) - {f.name for f in fields(GSLRMConfig)}
-    if unknown: raise ValueError(f"{folder}/config.json: unknown fields {sorted(unknown)}: written by a newer zerolab?")
-    try: tensors = load_file(str(folder/"model.safetensors"))
-    except FileNotFoundError: raise FileNotFoundError(f"{folder} holds no model.safetensors: is it the right folder?") from None
-    except SafetensorError as error: raise ValueError(f"{folder}/model.safetensors cannot be read ({error}): copy it again") from None
-    model = GSLRM(GSLRMConfig(**config))
-    try: model.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except RuntimeError as error: raise ValueError(f"{folder}: weights do not fit config.json: {error}") from None
-    return model.eval()
+    def build(config):
+        known = {f.name for f in fields(GSLRMConfig)} | {"model_type"}
+        if not isinstance(config, dict) or config.get("model_type") != "gs-lrm": raise ValueError(f"{folder}/config.json does not describe a gs-lrm")
+        if not known >= set(config): raise ValueError(f"{folder}/config.json: unknown fields {sorted(set(config) - known)}: written by a newer zerolab?")
+        try: return GSLRM(GSLRMConfig(**{name: value for name, value in config.items() if name != "model_type"}))
+        except (ValueError, TypeError, RuntimeError) as error: raise ValueError(f"{folder}/config.json: {error}") from None
+    return load_model(Path(folder), build)

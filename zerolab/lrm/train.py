@@ -6,7 +6,7 @@
 __all__ = ['training_views', 'Reconstruction', 'choose_views', 'composite', 'model_inputs', 'reconstruction_step', 'train_lrm']
 
 # %% ../../nbs/lrm/03_train.ipynb #2e18d7a4
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Sequence
@@ -126,7 +126,8 @@ def train_lrm(
 ) -> History:
     "Train a GS-LRM on posed pictures."
     stored = min(len(dataset[0]), task.views) if len(dataset) else 0
-    if stored < task.views: raise ValueError(f"train_lrm: the task reads {task.views} views of an object, the data set has {stored}: ask for fewer inputs or targets")
+    if stored < task.views:
+        raise ValueError(f"train_lrm: the task reads {task.views} views of an object, the data set has {stored}: ask for fewer inputs or targets")
     choose = partial(choose_views, ring=task.ring, ring_share=task.ring_share)
     batches = Loader(dataset, batch_size, seed, views=task.views, choose=choose, workers=workers)
     try: history = train(model, batches, partial(reconstruction_step, task=task), config, out, **options)
