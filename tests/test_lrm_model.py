@@ -254,7 +254,6 @@ def test_a_silent_network_starts_inside_of_the_hull(inset):
     torch.testing.assert_close(means, (middles + depth[..., None]*directions).flatten(1, 3).clamp(-1, 1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="Cameras.rays is computed in bfloat16 under autocast")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_half_precision_leaves_the_rays_alone(config):
     """A network that says zeros predicts points that depend on the rays alone: these must not be rounded to the 8 bits of bfloat16,

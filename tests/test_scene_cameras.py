@@ -30,6 +30,18 @@ def numpy_pinhole(cameras, points):
 # ---- rays and projection
 
 
+def test_autocast_changes_no_bit():
+    "A network runs in bfloat16 around the cameras; with 8 bits these would stand a quarter of a pixel beside themselves."
+    eyes, points = [[2.1, 0.3, 0.4], [-1.1, 1.9, 1.0], [0.2, -2.3, -0.8]], torch.randn(50, 3, generator=torch.Generator().manual_seed(0))/4
+    def everything():
+        cameras = look_at(eyes, target=(0.05, -0.1, 0.02), size=(6, 8))
+        checked = Cameras(cameras.K, cameras.w2c, cameras.size)
+        return cameras.w2c, invert_pose(cameras.w2c), *checked.rays(), *checked.project(points)
+    whole = everything()
+    with torch.autocast("cpu", torch.bfloat16): half = everything()
+    for a, b in zip(whole, half): assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
+
+
 def test_projection_is_the_textbook_matrix():
     points = np.random.default_rng(0).uniform(-0.5, 0.5, (200, 3))
     cameras = off_centre_rig()

@@ -97,6 +97,11 @@ def _image_size(size, owner: str = "Cameras") -> tuple[int, int]:
         raise ValueError(f"{owner}: size is {tuple(size)}, need a whole height and width of at least 1 pixel")
     return height, width
 
+# %% ../../nbs/scene/01_cameras.ipynb #78f661cd
+def _own_precision(tensor: Tensor) -> torch.autocast:
+    "Products in here are not rounded by a surrounding autocast: 8 bits would put a camera a quarter of a pixel beside itself."
+    return torch.autocast(tensor.device.type, enabled=False)
+
 # %% ../../nbs/scene/01_cameras.ipynb #d50092e0
 def _check_shapes(K: Tensor, w2c: Tensor) -> None:
     "K and w2c speak of the same cameras, on the same device."
@@ -111,7 +116,7 @@ def _check_values(K: Tensor, w2c: Tensor) -> None:
     "Every camera can be inverted: finite, positive focal lengths, a rotation that is one."
     K, w2c = K.detach(), w2c.detach()
     R = w2c[..., :3, :3]
-    drift = (R @ R.mT - torch.eye(3).to(R)).abs().amax((-1, -2))
+    with _own_precision(R): drift = (R @ R.mT - torch.eye(3).to(R)).abs().amax((-1, -2))
     handed = (R[..., 0, :].cross(R[..., 1, :], dim=-1) * R[..., 2, :]).sum(-1)
     bottom = torch.eye(4).to(w2c)[3]
     problems = {
@@ -158,7 +163,7 @@ def invert_pose(
 ) -> Tensor:       # [...,4,4]
     "The inverse of a rigid motion, exactly: the rotation is transposed, nothing is solved."
     rotation, translation = pose[..., :3, :3].mT, pose[..., :3, 3:]
-    top = torch.cat([rotation, -rotation @ translation], -1)
+    with _own_precision(pose): top = torch.cat([rotation, -rotation @ translation], -1)
     return torch.cat([top, pose[..., 3:, :]], -2)
 
 # %% ../../nbs/scene/01_cameras.ipynb #97dde670
@@ -172,7 +177,8 @@ def pixel_rays(
     x, y = torch.broadcast_tensors((u - cx)/fx, (v[:, None] - cy)/fy)
     directions = torch.stack([x, y, torch.ones_like(x)], -1)
     directions = torch.nn.functional.normalize(directions, dim=-1)
-    directions = torch.einsum("...hwc,...cd->...hwd", directions, cameras.w2c[..., :3, :3])  # camera to world is the transpose
+    with _own_precision(directions):  # camera to world is the transpose
+        directions = torch.einsum("...hwc,...cd->...hwd", directions, cameras.w2c[..., :3, :3])
     return cameras.centers[..., None, None, :].expand_as(directions), directions
 
 # %% ../../nbs/scene/01_cameras.ipynb #db1d78d9
@@ -183,7 +189,7 @@ def project_points(
     "Where points land, in pixels, and how deep; a point at or behind the camera's plane has uv NaN."
     if points.shape[-1:] != (3,) or points.ndim < 2: raise ValueError(f"Cameras.project: points have shape {tuple(points.shape)}, need [N,3]")
     points = points.to(device=cameras.device, dtype=cameras.dtype)
-    local = points.unsqueeze(-3) @ cameras.w2c[..., :3, :3].mT + cameras.w2c[..., None, :3, 3]
+    with _own_precision(points): local = points.unsqueeze(-3) @ cameras.w2c[..., :3, :3].mT + cameras.w2c[..., None, :3, 3]
     depth = local[..., 2]
     seen = depth > 0
     plane = local[..., :2]/torch.where(seen, depth, 1)[..., None]
@@ -246,7 +252,7 @@ def look_at(
     rotation = torch.stack([right, forward.cross(right, dim=-1), forward], -2)
     w2c = torch.eye(4, dtype=torch.float64).repeat(len(eyes), 1, 1)
     w2c[:, :3, :3] = rotation
-    w2c[:, :3, 3] = -(rotation @ eyes[..., None])[..., 0]
+    with _own_precision(eyes): w2c[:, :3, 3] = -(rotation @ eyes[..., None])[..., 0]
     K = intrinsics(fov, size, dtype=dtype).expand(len(eyes), 3, 3)
     return Cameras(K, w2c.to(dtype), size)
 
