@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'save_checkpoint', 'load_checkpoint', 'random_state', 'set_random_state', 'optimizer_tensors',
            'set_optimizer_tensors', 'checkpoint_path', 'list_checkpoints', 'load_latest', 'prune_checkpoints',
-           'save_model', 'load_model', 'read_weights']
+           'save_model', 'load_model', 'fill_model', 'read_weights']
 
 # %% ../../nbs/train/00_checkpoint.ipynb #3b8bfe7c
 import json
@@ -34,10 +34,15 @@ def save_checkpoint(
     "Write tensors and state into one file, whole or not at all."
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     metadata = {"state": json.dumps(state), "crc32": str(_checksum(tensors))}
+    _write(path, tensors, metadata)
+
+
+def _write(path, tensors, metadata=None):
     try:
         with atomic_path(path) as temporary: save_file(tensors, temporary, metadata)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written ({error}); what was there before is untouched. Make room and run again") from error
+    except (OSError, SafetensorError) as error:  # which safetensors raises for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} could not be written ({reason}); what was there before is untouched. Make room and run again") from error
 
 
 def _checksum(tensors):
@@ -151,7 +156,7 @@ def save_model(
     weights = model if isinstance(model, dict) else model.state_dict()
     weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
     if dtype: weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
-    with atomic_path(Path(folder)/"model.safetensors") as temporary: save_file(weights, temporary)
+    _write(Path(folder)/"model.safetensors", weights)
     write_json(Path(folder)/"config.json", config)
     return Path(folder)
 
@@ -163,13 +168,21 @@ def load_model(
     "Build a model from its `config.json` and fill it from its `model.safetensors`."
     folder = Path(folder)
     model = build(read_json(folder/"config.json"))
-    weights = read_weights(folder/"model.safetensors")
+    fill_model(model, read_weights(folder/"model.safetensors"), f"{folder}/model.safetensors does not fit its config.json")
+    return model.eval()
+
+
+def fill_model(
+    model:torch.nn.Module,               # changed in place
+    weights:dict[str, torch.Tensor],     # all of them, by name
+    misfit:str,                          # how the error begins if they are another model's
+) -> None:
+    "Give a model its weights, or say in one line which is the first that does not fit."
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         here, there = (tuple(values[name].shape) if name in values else "missing" for values in (expected, weights))
-        if here != there: raise CheckpointError(f"{folder}/model.safetensors does not fit its config.json: {name} is {there}, the model has {here}")
+        if here != there: raise CheckpointError(f"{misfit}: {name} is {there} there and {here} in the model")
     model.load_state_dict(weights)
-    return model.eval()
 
 
 def read_weights(

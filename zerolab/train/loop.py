@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..scene.paths import atomic_path
 from zerolab.train.checkpoint import (
-    checkpoint_path, load_latest, optimizer_tensors, prune_checkpoints, random_state, save_checkpoint,
+    checkpoint_path, fill_model, load_latest, optimizer_tensors, prune_checkpoints, random_state, save_checkpoint,
     set_optimizer_tensors, set_random_state,
 )
 
@@ -263,9 +263,7 @@ def restore_state(
     changed = [f"{name} {saved['config'].get(name)} -> {now[name]}" for name in now if now[name] != saved["config"].get(name)]
     if changed and world_rank() == 0: print(f"train: going on from step {saved['step']} with other settings: {', '.join(changed)}")
     def part(prefix): return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    try: state.plain_model.load_state_dict(part("model."))
-    except RuntimeError as error:
-        raise ValueError(f"train: the checkpoint in {folder} is of another model; train this one into another folder. {error}") from error
+    fill_model(state.plain_model, part("model."), f"train: the checkpoint in {folder} is of another model; train this one into another folder")
     for name, value in part("average.").items(): state.average.weights[name].copy_(value)
     set_optimizer_tensors(state.optimizer, tensors)
     for name in _NUMBERS: setattr(state, name, saved[name])
