@@ -38,7 +38,7 @@ def test_an_exception_leaves_no_trace(tmp_path, old, fault, folder):
 def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, step, old):
     if old: (tmp_path/"a.json").write_text(old)
     monkeypatch.setattr(os, step, disk_full)
-    with pytest.raises(OSError, match="No space left"): write_json(tmp_path/"a.json", {"new": 1})
+    with pytest.raises(OSError, match="No space left.*a.json"): write_json(tmp_path/"a.json", {"new": 1})
     assert [p.read_text() for p in tmp_path.iterdir()] == ([old] if old else [])
 
 
@@ -46,11 +46,19 @@ def test_a_full_disk_during_the_write(tmp_path, monkeypatch):
     "The device that is always full: bytes arrive in the buffer and fail when they are flushed."
     if not os.path.exists("/dev/full"): pytest.skip("no /dev/full")
     (tmp_path/"a.txt").write_text("old")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left.*a.txt"):
         with atomic_path(tmp_path/"a.txt") as temporary:
             temporary.symlink_to("/dev/full")
             with open(temporary, "w") as file: file.write("new")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+def test_an_error_that_says_all_itself_is_left_alone(tmp_path):
+    for error in (OSError("no number, and so no place for a name"), FileNotFoundError(errno.ENOENT, "No such file or directory", "other.txt")):
+        said = str(error)
+        with pytest.raises(OSError) as caught:
+            with atomic_path(tmp_path/"a.txt"): raise error
+        assert str(caught.value) == said
 
 
 def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):

@@ -82,8 +82,9 @@ def atomic_path(
         if not temporary.exists(): raise FileNotFoundError(f"atomic_path: the block wrote nothing for {target}")
         _sync(temporary)
         os.replace(temporary, target)
-    except BaseException:  # also Ctrl-C
+    except BaseException as error:  # also Ctrl-C
         _remove(temporary)
+        if isinstance(error, OSError) and error.errno is not None: error.filename = error.filename or str(target)  # a full disk names no file
         raise
     _sync_name(target.parent)
 
