@@ -89,6 +89,14 @@ def _environment(values):
             else: os.environ[name] = value
 
 
+@contextmanager
+def _ctrl_c_held():
+    "SIGINT waits till the end; for processes started meanwhile, which inherit the mask, for good."
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(parent):
     "Leave Ctrl-C to the parent, and end soon after it did."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -113,7 +121,7 @@ def parallel_map(
         waiting = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
+                with _ctrl_c_held(): waiting.append(pool.submit(function, item))  # starts a worker while there are too few
                 if len(waiting) > 4 * workers: yield waiting.popleft().result()
             while waiting: yield waiting.popleft().result()
         finally: pool.shutdown(cancel_futures=True)
