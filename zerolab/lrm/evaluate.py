@@ -9,7 +9,7 @@ __all__ = ['TEST_SEED', 'BASELINES', 'Item', 'make_item', 'scan_items', 'zerover
            'best_baseline', 'score_table', 'comparison_pictures']
 
 # %% ../../nbs/lrm/04_evaluate.ipynb #0066d5c6
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple, Sequence
 
@@ -147,6 +147,14 @@ def hull_points(
     return middle + entry.nan_to_num()*directions, ~entry[..., 0].isnan()
 
 
+@lru_cache(maxsize=2)
+def _traced(inputs, cameras, supersample):
+    "Cameras of finer pictures, and what `hull_points` says of them: the same for every way to paint."
+    height, width = cameras.size
+    fine = cameras.resize((height*supersample, width*supersample))
+    return fine, *hull_points(inputs, fine)
+
+
 def predict_hull(
     inputs: Views,
     cameras: Cameras,   # of the targets
@@ -155,9 +163,7 @@ def predict_hull(
     supersample: int = 2, # rays a pixel and side
 ) -> Prediction:
     "Draw the visual hull of the input masks."
-    height, width = cameras.size
-    fine = cameras.resize((height*supersample, width*supersample))
-    points, hit = hull_points(inputs, fine)
+    fine, points, hit = _traced(inputs, cameras, supersample)
     colours = paint(inputs, fine, points)
     pool = lambda x: F.avg_pool2d(x.permute(0, 3, 1, 2), supersample).permute(0, 2, 3, 1)
     solid = hit[..., None].float()
