@@ -17,7 +17,7 @@ help: ## show this list
 setup: $(STAMP) ## make .venv and install everything, pinned (quick when nothing changed)
 
 quickstart: $(STAMP) ## shapes, training and a reconstruction in minutes, left under runs/quickstart/
-	$(BIN)/zerolab run nbs/experiments/quickstart.ipynb -p objects 256 -p train_minutes 4 -p test_objects 16 -p workers 2
+	$(BIN)/zerolab run nbs/experiments/quickstart.ipynb -p objects 256 -p train_minutes 4 -p test_objects 16 -p workers 2 -p picture_size 128
 
 test: $(STAMP) ## run every check: export, clean, notebooks, documentation, tests
 	@tests/run_checks.sh

@@ -8,7 +8,7 @@ __all__ = ['NOTEBOOK_BYTES', 'ALL_BYTES', 'HTML_BYTES', 'MACHINE_PATH', 'ANSI', 
            'form_problems', 'output_text', 'output_problems', 'source_problems', 'only_imports', 'import_problems',
            'comment_lines', 'says_all', 'undocumented_parameters', 'documentation_problems', 'heavy_problems',
            'zerolab_imports', 'layer_problems', 'source_hash', 'is_stale', 'notebook_problems', 'check_project',
-           'skipped', 'execute_notebook', 'clean_notebook', 'chosen_notebooks', 'run_notebooks', 'main']
+           'skipped', 'is_bar', 'execute_notebook', 'clean_notebook', 'chosen_notebooks', 'run_notebooks', 'main']
 
 # %% ../../nbs/dev/01_notebooks.ipynb #ded5ee2d
 import argparse, ast, hashlib, io, json, re, sys, tokenize
@@ -317,6 +317,14 @@ def skipped(
     return bool(directives.keys() & flags) or directives.get("eval") == "false"
 
 
+def is_bar(
+    output: dict, # of a cell
+) -> bool:
+    "Whether an output is a progress bar: good to watch, nothing to keep."
+    text = output.get("text", "")
+    return output.get("name") == "stderr" and ("\r" in text or not text.strip())
+
+
 def execute_notebook(
     path: Path, # an .ipynb file; replaced by itself with new outputs
     flags: set[str] = frozenset({"slow", "cuda"}), # cells to leave out, their outputs kept
@@ -329,6 +337,8 @@ def execute_notebook(
     kept = [(cell, cell.outputs) for cell in book.cells if cell.cell_type == "code" and skipped(cell, flags)]
     for cell, _ in kept: cell.metadata["tags"] = cell.metadata.get("tags", []) + ["skip-execution"]
     NotebookClient(book, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}, record_timing=False).execute()
+    for cell in book.cells:
+        if cell.cell_type == "code": cell.outputs = [output for output in cell.outputs if not is_bar(output)]
     for cell, outputs in kept:
         cell.outputs = outputs
         cell.metadata.tags.remove("skip-execution")
