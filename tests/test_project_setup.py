@@ -1,4 +1,5 @@
 """`make setup` on a machine that cannot: one clear line, a failure, and no half-made environment."""
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,9 @@ def folder(tmp_path):
 
 def make(folder, *arguments):
     if shutil.which("make") is None: pytest.skip("no make")
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+    outer = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}   # of the `make test` that may be running this: an inner make says where it enters and leaves
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, env=environment)
 
 
 def interpreter(folder, body):
