@@ -28,6 +28,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
+from faults import file_size_limit
 from zerolab.data.make import make_zeroverse
 from zerolab.data.scans import load_mesh
 from zerolab.data.shards import ShardDataset, write_shards
@@ -171,11 +172,7 @@ def test_a_full_disk_under_make_is_one_line_and_leaves_no_shard(tmp_path):
 
 def test_a_full_disk_names_the_file(tmp_path):
     views = Views(torch.randint(0, 256, (3, 16, 16, 4), dtype=torch.uint8), gso_inputs(4, size=(16, 16))[:3])
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
-    try:
-        with pytest.raises(OSError) as caught: write_shards([views], tmp_path)
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with file_size_limit(600), pytest.raises(OSError) as caught: write_shards([views], tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 

@@ -1,6 +1,5 @@
 "Shards under fault: cut, flipped, killed, full disk; and the same bytes from any number of processes."
-import io, os, resource, subprocess, sys, tarfile, time
-from contextlib import contextmanager
+import io, os, subprocess, sys, tarfile, time
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from faults import file_size_limit
 from zerolab.data.shards import ShardDataset, ShardError, decode_view, encode_sample, encode_view, index_path, index_shard, write_shard, write_shards
 from zerolab.scene.cameras import random_views
 from zerolab.scene.views import Views
@@ -25,15 +25,6 @@ def noise(seed, views=3, size=(12, 10), dtype=torch.float32):
 def same(a, b):
     return (torch.equal(a.rgba, b.rgba) and torch.equal(a.cameras.K, b.cameras.K) and torch.equal(a.cameras.w2c, b.cameras.w2c)
             and (a.caption, a.source, a.seed, a.quality, a.cameras.size) == (b.caption, b.source, b.seed, b.quality, b.cameras.size))
-
-
-@contextmanager
-def file_size_limit(limit):
-    "A disk that is full after `limit` bytes of any file, for real."
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,13 +1,12 @@
 """GS-LRM: its size, its activations against a table written down a second time, its symmetries, its gradients and its files."""
 import json
 import math
-import resource
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from faults import file_size_limit
 from zerolab.lrm.model import (GSLRM, PAPER, SMALL, TINY, Attention, GSLRMConfig, decode, hull_features, load_lrm, parameter_count, patchify,
                                save_lrm, unpatchify)
 from zerolab.render.splats import render_splats
@@ -336,14 +335,6 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path, name):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere") as caught: load_lrm(tmp_path/"nowhere")
     assert "\n" not in str(caught.value)
-
-
-@contextmanager
-def file_size_limit(limit):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -1,6 +1,5 @@
 "Runs that are killed, interrupted, poisoned or out of disk, and still end with the same bits."
 import json, os, random, resource, signal, subprocess, sys, time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from faults import file_size_limit
 from zerolab.data.loader import Loader
 from zerolab.scene.cameras import random_views
 from zerolab.scene.views import Views
@@ -137,14 +137,6 @@ def test_corrupt_newest_checkpoint_falls_back_and_says_so(tmp_path, whole, capsy
         assert newest.name in capsys.readouterr().out
     for path in (older, newest): path.write_bytes(b"x" * 100)
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints"): run(tmp_path)
-
-
-@contextmanager
-def file_size_limit(limit):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_full_disk_keeps_the_last_checkpoint_whole(tmp_path, whole):
