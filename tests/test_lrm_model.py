@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from faults import file_size_limit
-from zerolab.lrm.model import (GSLRM, PAPER, SMALL, TINY, Attention, GSLRMConfig, decode, hull_features, load_lrm, parameter_count, patchify,
-                               save_lrm, unpatchify)
+from zerolab.lrm.model import (GSLRM, PAPER, SMALL, TINY, Attention, GSLRMConfig, decode, draw, hull_features, input_feedback, load_lrm,
+                               parameter_count, patchify, save_lrm, unpatchify)
 from zerolab.render.splats import render_splats
 from zerolab.scene.cameras import Cameras, orbit, random_views
 
@@ -39,7 +39,8 @@ def pictures(config, cameras, seed=0):
     return torch.cat([rgb, alpha], -1) if config.silhouettes else rgb
 
 
-def assert_close(a, b, tolerance=1e-5):
+def assert_close(a, b, config):
+    tolerance = 1e-4 if config.refinements else 1e-5      # gradients, normalised and applied five times, carry rounding on
     for name in FIELDS: torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
@@ -57,7 +58,9 @@ def test_parameter_count_by_formula(config):
     d, values = config.width, config.patch**2
     block = (4 + 2*config.mlp_ratio)*d**2 + 2*d + (2*d//config.heads if config.qk_norm else 0)
     hidden, channels = config.pixel_head, config.channels
-    ends = (channels + 16)*values*d + (16 + channels)*hidden + 12*hidden if hidden else (channels + 12)*values*d
+    numbers = 14 if config.shift else 12
+    ends = (channels + 16)*values*d + (16 + channels)*hidden + numbers*hidden if hidden else (channels + numbers)*values*d
+    if config.refinements: ends += (16 + channels + 2*numbers + 5 + numbers)*hidden + numbers*config.refinements
     assert parameter_count(config) == config.depth*block + ends + 2*d
 
 
@@ -92,19 +95,21 @@ def test_attention_is_its_definition(qk_norm):
     torch.testing.assert_close(attention(x), torch.cat(heads, -1) @ attention.out.weight.T)
 
 
-def pixel_by_hand(raw, image, origin, direction, config, span):
+def pixel_by_hand(raw, image, origin, direction, axes, config, span):
     "Appendix A.4 of GS-LRM and zerolab's switches, for one pixel, in plain Python."
     sigmoid = lambda x: 1/(1 + math.exp(-x))
     dot = sum(o*d for o, d in zip(origin, direction))
     if config.silhouettes: distance = -dot + span[0] + (span[1] - span[0])*sigmoid(raw[0] - 3)
     elif config.centred_depth: distance = -dot + config.centred_radius*(2*sigmoid(raw[0]) - 1)
     else: distance = (1 - sigmoid(raw[0]))*config.near + sigmoid(raw[0])*config.far
-    mean = [min(max(o + distance*d, -1), 1) for o, d in zip(origin, direction)]
+    aside = [config.shift*sum(amount*axis[c] for amount, axis in zip(raw[12:], axes)) for c in range(3)]
+    mean = [min(max(o + distance*d + s, -1), 1) for o, d, s in zip(origin, direction, aside)]
     colour = [raw[1 + c] + ((image[c] - 0.5)*math.sqrt(4*math.pi) if config.colour_residual else 0) for c in range(3)]
     scale = [min(math.exp(x + config.scale_bias), config.scale_max) for x in raw[4:7]]
-    length = math.sqrt(sum(x*x for x in raw[7:11]))
+    rotation = [raw[7] + bool(config.refinements), *raw[8:11]]
+    length = math.sqrt(sum(x*x for x in rotation))
     opacity = sigmoid(raw[11] + config.opacity_bias)*(image[3] if config.silhouettes else 1)
-    return mean, [x/length for x in raw[7:11]], scale, opacity, colour
+    return mean, [x/length for x in rotation], scale, opacity, colour
 
 
 @pytest.mark.parametrize("config", [PAPER, SMALL, TINY, replace(PAPER, colour_residual=True, near=0.5, far=3., scale_max=0.05),
@@ -113,11 +118,13 @@ def test_decode_is_the_papers_table(config):
     generator = torch.Generator().manual_seed(1)
     cameras = random_views_batch()
     origins, directions = cameras.rays()
-    raw = 2*torch.randn(2, 3, 4, 5, 12, generator=generator, dtype=torch.float64)
+    raw = 2*torch.randn(2, 3, 4, 5, 14 if config.shift else 12, generator=generator, dtype=torch.float64)
     images = torch.rand(2, 3, 4, 5, 4, generator=generator, dtype=torch.float64)[..., :4 if config.silhouettes else 3]
     span = torch.randn(2, 3, 4, 5, 2, generator=generator, dtype=torch.float64).sort(-1).values
-    gaussians = decode(raw, images, origins, directions, config, span if config.silhouettes else None)
-    by_hand = [pixel_by_hand(*pixel[:4], config, pixel[4]) for pixel in zip(*(x.flatten(0, 3).tolist() for x in (raw, images, origins, directions, span)))]
+    gaussians = decode(raw, images, cameras, config, span if config.silhouettes else None)
+    right_and_down = cameras.c2w[..., None, None, :3, :2].mT.expand(2, 3, 4, 5, 2, 3)
+    values = (x.flatten(0, 3).tolist() for x in (raw, images, origins, directions, right_and_down, span))
+    by_hand = [pixel_by_hand(*pixel[:5], config, pixel[5]) for pixel in zip(*values)]
     for name, expected in zip(FIELDS, zip(*by_hand)):
         found = getattr(gaussians, name)
         expected = torch.tensor(expected, dtype=torch.float64).reshape(found.shape)
@@ -140,7 +147,7 @@ def test_views_are_a_set(config):
     images, order = pictures(config, cameras), [2, 0, 3, 1]
     with torch.no_grad(): straight, permuted = model(images, cameras), model(images[:, order], cameras[order])
     rows = torch.arange(4*16*16).reshape(4, -1)[order].reshape(-1)
-    assert_close(permuted, straight[rows])
+    assert_close(permuted, straight[rows], config)
     assert (straight.sh[:, rows] - straight.sh).abs().max() > 0.1, "the views differ"
 
 
@@ -167,7 +174,7 @@ def test_a_batch_equals_a_loop(config):
     images = pictures(config, cameras)
     with torch.no_grad():
         together = model(images, cameras).unstack()
-        for b, alone in enumerate(together): assert_close(alone, model(images[b:b + 1], Cameras.stack([cameras.unstack()[b]])).unstack()[0])
+        for b, alone in enumerate(together): assert_close(alone, model(images[b:b + 1], Cameras.stack([cameras.unstack()[b]])).unstack()[0], config)
 
 
 # ---- gradients
@@ -185,8 +192,9 @@ def test_a_picture_teaches_every_weight(config):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
     last = model.pixel_head[-1].weight.grad[None] if config.pixel_head else model.head.weight.grad.reshape(config.patch**2, 12, -1)
+    if config.refinements: assert (model.update[-1].weight.grad.abs().amax(1) > 0).all() and all((step.grad != 0).all() for step in model.steps)
     outputs = last.abs().amax((0, 2))
-    assert (outputs > 0).all(), f"one of the twelve outputs learns nothing: {outputs.tolist()}"
+    assert (outputs > 0).all(), f"one of the outputs learns nothing: {outputs.tolist()}"
 
 
 @pytest.mark.parametrize("config", [PLAIN, SILHOUETTES, CONFIGS["small"]])
@@ -230,6 +238,53 @@ def test_empty_silhouettes_make_no_gaussian_and_no_nan():
     assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+# ---- looking again
+
+
+def input_error(raw, images, cameras, config, span):
+    picture = draw(decode(raw, images, cameras, config, span), cameras, config)
+    return (picture.rgb - images[..., :3]).square().sum() + 1.5*(picture.alpha - images[..., 3:]).square().sum()
+
+
+def test_feedback_points_where_the_inputs_error_grows():
+    "A finite difference along every field's own part of the normalised gradient, in float64."
+    config, cameras = CONFIGS["tiny"], rig(3, size=(8, 8))
+    cameras = Cameras(cameras.K.double(), cameras.w2c.double(), cameras.size)
+    images = pictures(config, cameras).double()
+    raw = 0.3*torch.randn(1, 3, 8, 8, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    span = hull_features(images[..., 3], cameras, *cameras.rays())
+    gradient, error = input_feedback(raw, images, cameras, config, span)
+    assert gradient.shape == raw.shape and error.shape == (1, 3, 8, 8, 5) and not gradient.requires_grad and not error.requires_grad
+    assert 2 < gradient.abs().max() <= 3, "clipped"
+    leaf = raw.clone().requires_grad_()
+    exact, = torch.autograd.grad(input_error(leaf, images, cameras, config, span), leaf)
+    start = 0
+    for name, count in config.outputs.items():
+        field = slice(start, start + count); start += count
+        step = torch.zeros_like(raw); step[..., field] = gradient[..., field]
+        slope = (input_error(raw + 1e-6*step, images, cameras, config, span) - input_error(raw - 1e-6*step, images, cameras, config, span))/2e-6
+        assert slope > 0 and slope.item() == pytest.approx((exact*step).sum().item(), rel=1e-3), name
+        free = gradient[..., field].abs() < 2.99
+        ratio = (gradient[..., field]/exact[..., field])[free & (exact[..., field] != 0)]
+        assert ratio.std() < 1e-6*ratio.mean() and ratio.mean() > 0, f"{name}: one factor for the object"
+    seen = (images[..., 3] > 0.05)
+    assert exact[..., :1][seen].square().mean().sqrt() == pytest.approx(1/(gradient[..., :1]/exact[..., :1])[exact[..., :1].abs() > 0].median().item(), rel=1e-3)
+
+
+def test_an_untrained_model_that_looks_again_meets_its_inputs_better():
+    config, cameras = TINY, rig(4, size=(32, 32))
+    images, errors = pictures(config, cameras), []
+    for count in (0, config.refinements):
+        torch.manual_seed(0)
+        model = GSLRM(replace(config, refinements=count))
+        with torch.no_grad(): picture = draw(model(images, cameras), cameras, config)
+        errors.append(((picture.rgb - images[..., :3]).square().mean().item(), (picture.alpha - images[..., 3:]).square().mean().item()))
+    assert errors[1][0] < 0.5*errors[0][0] and errors[1][1] < 0.5*errors[0][1], errors
+
+
+# ---- the hull
+
+
 def test_hull_features_are_zero_where_nothing_is_seen():
     cameras = rig(4)
     alpha = pictures(SILHOUETTES, cameras)[..., 3]
@@ -259,6 +314,7 @@ def test_half_precision_leaves_the_rays_alone(config):
     with which a camera at distance 2.7 stands a quarter of a 64 px pixel beside itself."""
     model, cameras = GSLRM(config), rig(4)
     torch.nn.init.zeros_((model.pixel_head[-1] if config.pixel_head else model.head).weight)
+    if config.refinements: torch.nn.init.zeros_(model.update[-1].weight)
     images = pictures(config, cameras)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): half = model(images, cameras).means
     with torch.no_grad(): whole = model(images, cameras).means

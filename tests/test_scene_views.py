@@ -8,7 +8,7 @@ from PIL import Image
 
 from zerolab.scene.cameras import gso_inputs
 from zerolab.scene.mesh import Mesh
-from zerolab.scene.views import Views, load_views, resize_rgba, save_views
+from zerolab.scene.views import Views, composite, load_views, resize_rgba, save_views
 
 
 def noise_views(count=3, size=(12, 16), seed=0) -> Views:
@@ -39,6 +39,11 @@ def test_composite():
     for background in (0., 1., (0.1, 0.5, 0.9)):
         np.testing.assert_allclose(views.composite(background), rgba[..., :3]*rgba[..., 3:] + (1 - rgba[..., 3:])*background, atol=1e-6)
     assert torch.allclose(views.composite(torch.tensor([0.1, 0.5, 0.9])), views.composite((0.1, 0.5, 0.9)))
+
+
+def test_on_white():
+    rgb, alpha = composite(torch.tensor([[255, 0, 51, 255], [255, 0, 51, 0], [0, 0, 255, 51]], dtype=torch.uint8))
+    torch.testing.assert_close(rgb, torch.tensor([[1., 0, 0.2], [1, 1, 1], [0.8, 0.8, 1]])); assert alpha.flatten().tolist() == pytest.approx([1, 0, 0.2])
 
 
 def test_picking_keeps_what_is_known():

@@ -9,7 +9,7 @@ __all__ = ['TEST_SEED', 'BASELINES', 'Item', 'make_item', 'scan_items', 'zerover
            'best_baseline', 'score_table', 'comparison_pictures']
 
 # %% ../../nbs/lrm/04_evaluate.ipynb #0066d5c6
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple, Sequence
 
@@ -21,14 +21,13 @@ from torch import Tensor
 from ..data.scans import list_scans, load_mesh, scan_name
 from .hull import hull_span
 from .losses import mask_iou, psnr, ssim
-from .model import GSLRM
-from .train import composite, model_inputs
+from .model import GSLRM, draw
+from .train import model_inputs
 from ..render.mesh import render_views
-from ..render.splats import render_splats
 from ..scene.cameras import Cameras, gso_inputs, gso_targets
 from ..scene.gaussians import Gaussians
 from ..scene.mesh import Mesh
-from ..scene.views import Views
+from ..scene.views import Views, composite
 from ..shapes.zeroverse import HEIGHT_FIELD, Recipe, make_shape
 
 # %% ../../nbs/lrm/04_evaluate.ipynb #294d4113
@@ -93,7 +92,7 @@ def reconstruct(
     "Posed pictures of one object to Gaussians."
     device = next(model.parameters()).device
     rgb, alpha = composite(inputs.rgba[None].to(device))
-    return model(model_inputs(model, rgb, alpha), Cameras.stack([inputs.cameras.to(device)])).unstack()[0]
+    return model(model_inputs(model.config, rgb, alpha), Cameras.stack([inputs.cameras.to(device)])).unstack()[0]
 
 
 @torch.no_grad()
@@ -105,7 +104,7 @@ def predict_lrm(
 ) -> Prediction:
     "Reconstruct, then draw."
     gaussians = reconstruct(model, inputs)
-    picture = render_splats(gaussians, cameras.to(gaussians.device), torch.ones(3, device=gaussians.device))
+    picture = draw(gaussians, cameras.to(gaussians.device), model.config)
     return Prediction(picture.rgb.clamp(0, 1).cpu(), picture.alpha[..., 0].cpu())
 
 # %% ../../nbs/lrm/04_evaluate.ipynb #21e2d504
@@ -147,14 +146,6 @@ def hull_points(
     return middle + entry.nan_to_num()*directions, ~entry[..., 0].isnan()
 
 
-@lru_cache(maxsize=2)
-def _traced(inputs, cameras, supersample):
-    "Cameras of finer pictures, and what `hull_points` says of them: the same for every way to paint."
-    height, width = cameras.size
-    fine = cameras.resize((height*supersample, width*supersample))
-    return fine, *hull_points(inputs, fine)
-
-
 def predict_hull(
     inputs: Views,
     cameras: Cameras,   # of the targets
@@ -163,7 +154,9 @@ def predict_hull(
     supersample: int = 2, # rays a pixel and side
 ) -> Prediction:
     "Draw the visual hull of the input masks."
-    fine, points, hit = _traced(inputs, cameras, supersample)
+    height, width = cameras.size
+    fine = cameras.resize((height*supersample, width*supersample))
+    points, hit = hull_points(inputs, fine)
     colours = paint(inputs, fine, points)
     pool = lambda x: F.avg_pool2d(x.permute(0, 3, 1, 2), supersample).permute(0, 2, 3, 1)
     solid = hit[..., None].float()
