@@ -235,7 +235,7 @@ class PixelMLP(nn.Sequential):
     def __init__(self, inputs, hidden, outputs):
         super().__init__(nn.Linear(inputs, hidden, bias=False), nn.GELU(), nn.Linear(hidden, outputs, bias=False))
 
-
+# %% ../../nbs/lrm/01_model.ipynb #fb5cc84a
 class GSLRM(nn.Module):
     "Posed pictures to 3D Gaussians (GS-LRM section 3)."
     def __init__(self, config: GSLRMConfig = TINY):
