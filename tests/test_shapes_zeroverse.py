@@ -12,7 +12,8 @@ from zerolab.shapes.captions import VOCABULARY
 from zerolab.shapes.heightfield import displace, height_field
 from zerolab.shapes.primitives import KINDS, facet, join, move_patch, primitive, random_rotation, scale_patch, weld
 from zerolab.shapes.textures import PATTERNS, make_texture
-from zerolab.shapes.zeroverse import HEIGHT_FIELD, PRIMITIVES, VERSION, make_part, make_shape, part_count
+from zerolab.shapes.zeroverse import (HEIGHT_FIELD, PRIMITIVES, THINGS, VERSION, _draw_part, make_part, make_shape, part_count,
+                                      quarter_turns)
 
 SMALL = replace(HEIGHT_FIELD, texture_size=16, resolution=8)
 
@@ -168,3 +169,29 @@ def test_version_guards_the_bytes():
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "7", None, True])
 def test_bad_seeds_are_refused(seed):
     with pytest.raises(ValueError, match="must be a whole number"): make_shape(seed)
+
+
+# ---- things that stand upright
+
+
+def test_quarter_turns_are_the_24_of_the_cube():
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(400):
+        turned = quarter_turns(rng)
+        assert set(np.abs(turned).ravel()) == {0., 1.} and np.linalg.det(turned) == pytest.approx(1) and np.array_equal(turned @ turned.T, np.eye(3))
+        seen.add(turned.tobytes())
+    assert len(seen) == 24
+
+
+def test_a_shape_is_upright_as_a_whole_or_not_at_all():
+    aligned = lambda part: np.allclose(np.abs(np.array(part.rotation)).max(0), 1)
+    shares = [np.mean([aligned(_draw_part(seed, index, THINGS)) for index in range(4)]) for seed in range(400)]
+    assert set(shares) == {0., 1.} and np.mean(shares) == pytest.approx(THINGS.upright_probability, abs=0.08)   # three standard errors
+    assert not any(aligned(_draw_part(seed, 0, HEIGHT_FIELD)) for seed in range(50))
+
+
+def test_standing_upright_changes_nothing_else():
+    plain = replace(THINGS, upright_probability=0.)
+    for seed in range(20):
+        a, b = make_shape(seed, THINGS), make_shape(seed, plain)
+        assert [(p.kind, p.half_extents, p.centre, p.surfaces) for p in a.parts] == [(p.kind, p.half_extents, p.centre, p.surfaces) for p in b.parts]

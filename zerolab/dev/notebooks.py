@@ -333,10 +333,11 @@ def execute_notebook(
     "Run a notebook in a fresh kernel, store its outputs and the hash of its code."
     import nbformat
     from nbclient import NotebookClient
+    from zerolab.jobs.kernel import LocalKernel
     book = nbformat.read(path, 4)
     kept = [(cell, cell.outputs) for cell in book.cells if cell.cell_type == "code" and skipped(cell, flags)]
     for cell, _ in kept: cell.metadata["tags"] = cell.metadata.get("tags", []) + ["skip-execution"]
-    NotebookClient(book, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}, record_timing=False).execute()
+    NotebookClient(book, kernel_manager_class=LocalKernel, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}, record_timing=False).execute()
     for cell in book.cells:
         if cell.cell_type == "code": cell.outputs = [output for output in cell.outputs if not is_bar(output)]
     for cell, outputs in kept:

@@ -75,14 +75,18 @@ def reconstruction_loss(
     *,
     alpha_weight: float = 0.,      # of the squared error of the opacity
     perceptual_weight: float = 0., # GS-LRM 0.5, LRM-Zero 0.2 (section 4.1); needs `perceptual`
+    relative: bool = False,        # the logarithm of every object's error; then the first axis is objects
     perceptual=None,               # function of two pictures [N,H,W,3], such as `load_perceptual` returns
 ) -> tuple[Tensor, dict]:  # scalar, and its parts
     "Squared error of colours, and optionally of opacity and of perceptual features."
-    parts = {"mse": (rgb - target_rgb).square().mean()}
-    loss = parts["mse"]
+    of_objects = lambda error: error.square().flatten(1).mean(1)
+    loss = of_objects(rgb - target_rgb)
+    parts = {"mse": loss.mean()}
     if alpha_weight:
-        parts["alpha_mse"] = (alpha - target_alpha).square().mean()
-        loss = loss + alpha_weight*parts["alpha_mse"]
+        alpha_error = of_objects(alpha - target_alpha)
+        parts["alpha_mse"] = alpha_error.mean()
+        loss = loss + alpha_weight*alpha_error
+    loss = (loss + 1e-4).log().mean() if relative else loss.mean()
     if perceptual_weight:
         perceptual = perceptual or load_perceptual(None)
         parts["perceptual"] = perceptual(rgb.flatten(0, -4), target_rgb.flatten(0, -4))

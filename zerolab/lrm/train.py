@@ -50,6 +50,7 @@ class Reconstruction:
     inputs_shown: int = 0         # so many of the inputs are targets, too (in GS-LRM, section 4.2, they may overlap)
     mute: float = 0.              # see `mute_colours`
     alpha_weight: float = 0.      # see `reconstruction_loss`
+    relative: bool = False        # see `reconstruction_loss`
     perceptual_weight: float = 0. # GS-LRM 0.5, LRM-Zero 0.2: needs weights that are not shipped
 
     def __post_init__(self):
@@ -121,7 +122,7 @@ def reconstruction_step(
     gaussians = model(model_inputs(config, rgb[:, :count], alpha[:, :count]), cameras[:count])
     picture = draw(gaussians, cameras[targets], config)
     loss, parts = reconstruction_loss(picture.rgb, picture.alpha, rgb[:, targets], alpha[:, targets],
-                                      alpha_weight=task.alpha_weight, perceptual_weight=task.perceptual_weight)
+                                      alpha_weight=task.alpha_weight, perceptual_weight=task.perceptual_weight, relative=task.relative)
     return loss, {**parts, "psnr": psnr(picture.rgb.detach(), rgb[:, targets])[:, task.inputs_shown:].mean()}
 
 # %% ../../nbs/lrm/03_train.ipynb #3698efa4
