@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zerolab.lrm import evaluate as room
-from zerolab.lrm.evaluate import (BASELINES, TEST_SEED, Item, Prediction, best_baseline, comparison_pictures, evaluate, hull_points, make_item,
+from zerolab.lrm.evaluate import (BASELINES, REFERENCES, TEST_SEED, Item, Prediction, best_baseline, comparison_pictures, evaluate, hull_points, make_item,
                                   mean_scores, nearest_inputs, paint_mean, paint_nearest, paint_visible, predict_hull, predict_lrm,
                                   predict_nearest, predict_white, reconstruct, score, score_table, zeroverse_items)
 from zerolab.lrm.losses import gaussian_window, load_perceptual, mask_iou, psnr, reconstruction_loss, ssim
@@ -145,6 +145,7 @@ def test_test_seeds_stay_where_they_are(unrendered, monkeypatch):
 
 
 SIZE = (40, 40)
+METHODS = {**BASELINES, **REFERENCES}
 
 
 def two_coloured_ball(cameras, radius=0.6):
@@ -197,7 +198,7 @@ def test_the_coloured_hull_takes_colours_from_views_that_see_the_point(ball):
     plain = predict_hull(ball.inputs[8], ball.targets.cameras, paint=paint_mean)
     torch.testing.assert_close(plain.rgb[inside], paint_mean(ball.inputs[8], ball.targets.cameras, plain.rgb)[inside], atol=1e-5, rtol=0)
     assert torch.equal(plain.alpha, prediction.alpha)
-    better = [score(BASELINES[name](ball.inputs[8], ball.targets.cameras), ball.targets)["psnr"] for name in
+    better = [score(METHODS[name](ball.inputs[8], ball.targets.cameras), ball.targets)["psnr"] for name in
               ("white page", "hull, mean colour", "hull, visible view")]
     assert better == sorted(better)
 
@@ -216,14 +217,14 @@ def test_paint_from_the_nearest_view_is_its_pixel(ball):
     assert right[hit].float().mean() > 0.99
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", METHODS)
 def test_baselines_are_deterministic_pictures(ball, name):
-    a, b = (BASELINES[name](ball.inputs[4], ball.targets.cameras) for _ in range(2))
+    a, b = (METHODS[name](ball.inputs[4], ball.targets.cameras) for _ in range(2))
     assert torch.equal(a.rgb, b.rgb) and torch.equal(a.alpha, b.alpha)
     assert a.rgb.shape == (6, *SIZE, 3) and a.alpha.shape == (6, *SIZE)
     assert all(x.isfinite().all() and x.min() >= 0 and x.max() <= 1 + 1e-6 for x in a)
     empty = Views(torch.zeros(4, *SIZE, 4, dtype=torch.uint8), ball.inputs[4].cameras)
-    assert (BASELINES[name](empty, ball.targets.cameras).rgb == 1).all(), "of nothing, nothing"
+    assert (METHODS[name](empty, ball.targets.cameras).rgb == 1).all(), "of nothing, nothing"
 
 
 # ---- the model as a method, and the tables
@@ -243,7 +244,7 @@ def test_the_model_is_a_method(ball, model):
 
 
 def test_scores_are_means_over_views_and_rows_name_what_they_are(ball, model):
-    methods = {**BASELINES, "model": partial(predict_lrm, model=model)}
+    methods = {**METHODS, "model": partial(predict_lrm, model=model)}
     rows = evaluate([ball, ball._replace(name="again")], methods, 8)
     assert [(row["object"], row["method"], row["inputs"]) for row in rows] == [(name, method, 8) for name in ("ball", "again") for method in methods]
     views = [score(Prediction(*(x[i:i + 1] for x in predict_nearest(ball.inputs[8], ball.targets.cameras))), ball.targets[i]) for i in range(6)]
@@ -253,13 +254,13 @@ def test_scores_are_means_over_views_and_rows_name_what_they_are(ball, model):
 
 def test_best_baseline_and_tables():
     rows = [dict(object=name, method=method, psnr=value, ssim=value/40, iou=0.5) for name, method, value in
-            [("cup", "white page", 10.), ("cup", "hull, visible view", 21.), ("cup", "nearest view", 22.), ("cup", "model", 30.),
-             ("shoe", "white page", 12.), ("shoe", "hull, visible view", 19.), ("shoe", "nearest view", 17.), ("shoe", "model", 31.)]]
-    assert mean_scores(rows) == {"white page": 11, "hull, visible view": 20, "nearest view": 19.5, "model": 30.5}
-    assert best_baseline(rows) == ("hull, visible view", 20), "by the mean, not by the best object, and the model is none"
+            [("cup", "white page", 10.), ("cup", "hull, mean colour", 21.), ("cup", "nearest view", 22.), ("cup", "model", 30.),
+             ("shoe", "white page", 12.), ("shoe", "hull, mean colour", 19.), ("shoe", "nearest view", 17.), ("shoe", "model", 31.)]]
+    assert mean_scores(rows) == {"white page": 11, "hull, mean colour": 20, "nearest view": 19.5, "model": 30.5}
+    assert best_baseline(rows) == ("hull, mean colour", 20), "by the mean, not by the best object; the model is none"
     with pytest.raises(ValueError, match="no baseline"): best_baseline([row for row in rows if row["method"] == "model"])
     lines = score_table(rows).splitlines()
-    assert lines[0] == "| psnr | white page | hull, visible view | nearest view | model |" and lines[3] == "| shoe | 12.00 | 19.00 | 17.00 | 31.00 |"
+    assert lines[0] == "| psnr | white page | hull, mean colour | nearest view | model |" and lines[3] == "| shoe | 12.00 | 19.00 | 17.00 | 31.00 |"
     assert lines[-1] == "| **mean** | 11.00 | 20.00 | 19.50 | 30.50 |" and len({line.count("|") for line in lines}) == 1
     assert score_table(rows, "ssim", 3).splitlines()[2] == "| cup | 0.250 | 0.525 | 0.550 | 0.750 |"
 
@@ -273,4 +274,4 @@ def test_comparison_pictures_fill_a_grid(ball, count, targets):
 
 
 def test_a_number_of_inputs_that_was_not_rendered_is_named(ball):
-    with pytest.raises((ValueError, KeyError), match="5"): evaluate([ball], BASELINES, 5)
+    with pytest.raises((ValueError, KeyError), match="5"): evaluate([ball], METHODS, 5)
