@@ -89,13 +89,13 @@ def angular_gap(
     directions = cameras.centers.detach().cpu().double().numpy().reshape(-1, 3) - np.asarray(target, np.float64)
     length = np.linalg.norm(directions, axis=1, keepdims=True)
     if (length < 1e-9).any(): raise ValueError(f"angular_gap: camera {int(length.argmin())} stands in the target {tuple(target)}: move one of them")
-    directions = np.unique(np.round(directions/length, 9), axis=0)
+    directions /= length
     weights, _ = nnls(np.vstack([directions.T, np.ones(len(directions))]), np.array([0., 0, 0, 1]))
     middle = weights @ directions
     middle /= max(np.linalg.norm(middle), 1e-9)
     nearest = (directions @ middle).min()
     if nearest > 1e-6: return float(np.degrees(np.arccos(-min(nearest, 1))))      # all on one side
-    if np.linalg.svd(directions, compute_uv=False)[-1] < 1e-6 or len(directions) < 4: return 90.  # all in a plane through the target
+    if np.linalg.svd(directions, compute_uv=False)[-1] < 1e-6: return 90.  # all in a plane through the target
     return float(np.degrees(np.arccos(max(0, -ConvexHull(directions).equations[:, 3].max()))))
 
 # %% ../../nbs/data/04_checks.ipynb #f6b0d845
@@ -258,11 +258,12 @@ PAGE_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 # %% ../../nbs/data/04_checks.ipynb #76a5d2c2
 def _histogram(check, values, bins=24) -> str:
-    "A small bar chart as SVG; bars wholly outside of the limits are red."
+    "A small bar chart as SVG; bars with values outside of the limits are red."
     count, edges = np.histogram(values, bins)
+    bad, _ = np.histogram([value for value in values if check.beyond(value) > 0], edges)
     height = 28*np.sqrt(count/count.max())  # by the root, or a single bad object would not be seen beside a thousand good ones
-    bars = [f'<rect{" class=out" if max(check.low - right, left - check.high) >= 0 else ""} x="{5*i}" y="{30 - h:.1f}" width="4" height="{h:.1f}"/>'
-            for i, (h, left, right) in enumerate(zip(height, edges[:-1], edges[1:]))]
+    bars = [f'<rect{" class=out" if outside else ""} x="{5*i}" y="{30 - h:.1f}" width="4" height="{h:.1f}"/>'
+            for i, (h, outside) in enumerate(zip(height, bad))]
     return f'<svg width="{5*bins}" height="30" role="img" aria-label="distribution of {escape(check.name)}">{"".join(bars)}</svg>'
 
 
