@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PRIMITIVES', 'HEIGHT_FIELD', 'THINGS', 'PAPER', 'RELEASE', 'COUNT', 'PART', 'HEIGHT', 'FACET', 'TEXTURE',
-           'FINISH', 'POSE', 'MIX', 'CUT', 'WIRE', 'THINNEST', 'CUTTER', 'FRAME', 'LONG', 'TRIES', 'MOST', 'CRUMB',
-           'THINNEST_WALL', 'Recipe', 'stream', 'part_count', 'quarter_turns', 'make_part', 'augmentations', 'Shape',
-           'make_shape']
+           'FINISH', 'POSE', 'MIX', 'CUT', 'WIRE', 'THINNEST', 'CUTTER', 'FRAME', 'COARSE', 'LONG', 'TRIES', 'MOST',
+           'CRUMB', 'THINNEST_WALL', 'Recipe', 'no_heightfield', 'no_boolean', 'no_wireframe', 'primitives_only',
+           'stream', 'part_count', 'quarter_turns', 'make_part', 'augmentations', 'Shape', 'make_shape']
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #0cb6809a
 from dataclasses import dataclass, replace
@@ -77,6 +77,35 @@ THINGS = replace(HEIGHT_FIELD, count_weights=(4, 4, 3, 2, 1), half_extents=(.08,
 PAPER = replace(HEIGHT_FIELD, boolean_probability=.4, wireframe_probability=.2)
 RELEASE = replace(PAPER, count_weights=(5, 5, 5, 4, 4, 3, 2, 1, 1), kinds=("cube", "sphere", "cylinder"), exclusive=False, cutters=KINDS,
                   hollow_probability=1.)
+
+# %% ../../nbs/shapes/04_zeroverse.ipynb #dfb5c83e
+def no_heightfield(
+    recipe:Recipe=PAPER,
+) -> Recipe:
+    "All surfaces as the primitives have them (LRM-Zero table 3)."
+    return replace(recipe, height_field_probability=0.)
+
+
+def no_boolean(
+    recipe:Recipe=PAPER,
+) -> Recipe:
+    "Nothing is cut; of exclusive classes, the others keep their proportions (LRM-Zero table 2: 66.6/0/33.3)."
+    wires, rest = recipe.wireframe_probability, 1 - recipe.boolean_probability
+    return replace(recipe, boolean_probability=0., wireframe_probability=wires / rest if recipe.exclusive and wires else wires)
+
+
+def no_wireframe(
+    recipe:Recipe=PAPER,
+) -> Recipe:
+    "No wires; those shapes stay plain (LRM-Zero table 2: 60/40/0)."
+    return replace(recipe, wireframe_probability=0.)
+
+
+def primitives_only(
+    recipe:Recipe=PAPER,
+) -> Recipe:
+    "None of the three augmentations."
+    return replace(recipe, height_field_probability=0., boolean_probability=0., wireframe_probability=0.)
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #63b92f47
 COUNT, PART, HEIGHT, FACET, TEXTURE, FINISH, POSE, MIX, CUT, WIRE = range(10)     # purposes; new ones go at the end
@@ -178,14 +207,28 @@ def augmentations(
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #e2af33e3
 CUTTER, FRAME = 9, 10     # part numbers for their paint; parts have 0 to 8
+COARSE = 8                # resolution of the surfaces on which they are placed
 LONG = 1.                 # half height of a cutting cylinder or cone (Zeroverse release: Blender's default, whatever the radius)
 
 
-def _exposed_point(rng, parts, pieces):
+def _stack(pieces):
+    "Several geometries in one; they keep their patch ids."
+    starts = np.cumsum([0] + [len(piece.positions) for piece in pieces[:-1]])
+    faces = np.concatenate([piece.faces + start for piece, start in zip(pieces, starts)]).astype(np.int32)
+    return Geometry(*(np.concatenate([piece[field] for piece in pieces]) for field in range(3)), faces,
+                    np.concatenate([piece.patch_ids for piece in pieces]))
+
+
+def _plain(part, resolution, number=0):
+    "The triangles of a part without relief, all of them patch `number`."
+    geometry = join([move_patch(scale_patch(patch, part.half_extents), part.rotation, part.centre) for patch in primitive(part.kind, resolution)])
+    return geometry._replace(patch_ids=np.full_like(geometry.patch_ids, number))
+
+
+def _exposed_point(rng, parts):
     "A point of the surface, evenly by area, that no other part hides if one of 16 is such."
-    present = [index for index, piece in enumerate(pieces) if piece is not None]
-    triangles = np.concatenate([pieces[index].positions[pieces[index].faces] for index in present])
-    owner = np.repeat(present, [len(pieces[index].faces) for index in present])
+    surface = _stack([_plain(part, COARSE, number) for number, part in enumerate(parts)])
+    triangles, owner = surface.positions[surface.faces], surface.patch_ids
     areas = np.cumsum(np.linalg.norm(np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]), axis=1))
     which, along, across = rng.random((3, 16))
     chosen = np.minimum(np.searchsorted(areas, which * areas[-1], side="right"), len(areas) - 1)
@@ -193,9 +236,9 @@ def _exposed_point(rng, parts, pieces):
     a, b, c = np.moveaxis(triangles[chosen], 1, 0)
     points = (1 - root) * a + root * (1 - across[:, None]) * b + root * across[:, None] * c
     hidden = np.zeros(16, bool)
-    for index in present:
-        own = np.einsum("pk,kj->pj", points - parts[index].centre, np.array(parts[index].rotation)) / parts[index].half_extents
-        hidden |= inside_primitive(parts[index].kind, own) & (owner[chosen] != index)
+    for index, part in enumerate(parts):
+        own = np.einsum("pk,kj->pj", points - part.centre, np.array(part.rotation)) / part.half_extents
+        hidden |= inside_primitive(part.kind, own) & (owner[chosen] != index)
     return points[hidden.argmin()]
 
 
@@ -227,12 +270,9 @@ def _cut_parts(seed, parts, pieces, unit, number, recipe):
     thickness = float(rng.uniform(*recipe.wall) * unit) * bool(rng.random() < recipe.hollow_probability)
     for _ in range(TRIES):
         cutter = _draw_tool(rng, seed, recipe.cutters, recipe.cutter_size, unit, recipe)
-        cutter = replace(cutter, centre=tuple(_exposed_point(rng, parts, pieces).tolist()))
+        cutter = replace(cutter, centre=tuple(_exposed_point(rng, parts).tolist()))
         if cutter.kind in ("cylinder", "cone"): cutter = replace(cutter, half_extents=(*cutter.half_extents[:2], LONG * unit))
-        geometry = join([move_patch(scale_patch(patch, cutter.half_extents), cutter.rotation, cutter.centre)
-                         for patch in primitive(cutter.kind, recipe.resolution)])
-        geometry = geometry._replace(patch_ids=np.full_like(geometry.patch_ids, number))
-        results = [_cut_part(part, piece, geometry, thickness) for part, piece in zip(parts, pieces)]
+        results = [_cut_part(part, piece, _plain(cutter, recipe.resolution, number), thickness) for part, piece in zip(parts, pieces)]
         left = [part for part, _ in results]
         shows = any(part.tunnels or NOTCH <= part.removed < 1 for part in left)
         if shows and sum(part.remaining for part in left) >= (1 - MOST) * sum(part.volume for part in left):
@@ -240,12 +280,12 @@ def _cut_parts(seed, parts, pieces, unit, number, recipe):
     return parts, pieces, None
 
 
-def _wire(seed, parts, pieces, unit, number, recipe):
+def _wire(seed, parts, unit, number, recipe):
     "A wireframe with the patch id `number`: its triangles and the `Wire`."
     rng = stream(recipe, seed, WIRE)
     frame = _draw_tool(rng, seed, KINDS, recipe.wire_size, unit, recipe)
     thickness, fineness = float(rng.uniform(*recipe.wire_thickness) * unit), int(rng.integers(FINENESS))
-    frame = replace(frame, centre=tuple(_exposed_point(rng, parts, pieces).tolist()))
+    frame = replace(frame, centre=tuple(_exposed_point(rng, [part for part in parts if part.removed < 1]).tolist()))
     points, pairs = wire_lines(frame.kind, fineness)
     points = np.einsum("jk,pk->pj", np.array(frame.rotation), points * frame.half_extents) + frame.centre
     geometry = wireframe(points, pairs, thickness)
@@ -273,26 +313,19 @@ def _placement(positions, extent):
     return (low + high) / 2, extent / (high - low).max()
 
 
-def _stack(pieces):
-    "Several geometries in one; they keep their patch ids."
-    starts = np.cumsum([0] + [len(piece.positions) for piece in pieces[:-1]])
-    faces = np.concatenate([piece.faces + start for piece, start in zip(pieces, starts)]).astype(np.int32)
-    return Geometry(*(np.concatenate([piece[field] for piece in pieces]) for field in range(3)), faces,
-                    np.concatenate([piece.patch_ids for piece in pieces]))
-
-
 def _augment(seed, parts, pieces, recipe):
     "Perhaps cut the parts, perhaps add a wireframe: parts, pieces, `Cut`, `Wire`, and the paint of what is new."
     shall_cut, wired = augmentations(seed, recipe)
     cut = wire = None
+    if not (shall_cut or wired): return parts, _stack(pieces), cut, wire, []
     paints, number = [], sum(len(part.surfaces) for part in parts)
-    unit = 1 / _placement(np.concatenate([piece.positions for piece in pieces]), recipe.extent)[1]     # before anything is cut away
+    unit = 1 / _placement(_stack([_plain(part, COARSE) for part in parts]).positions, recipe.extent)[1]
     if shall_cut: parts, pieces, cut = _cut_parts(seed, parts, pieces, unit, number, recipe)
     if cut is not None:
         paints.append(_draw_surface(seed, CUTTER, 0, "cut", recipe))
         cut = replace(cut, cutter=replace(cut.cutter, surfaces=(paints[-1][0],)))
     if wired:
-        geometry, wire = _wire(seed, parts, pieces, unit, number + len(paints), recipe)
+        geometry, wire = _wire(seed, parts, unit, number + len(paints), recipe)
         pieces = [*pieces, geometry]
         paints.append(_draw_surface(seed, FRAME, 0, "wire", recipe))
         wire = replace(wire, frame=replace(wire.frame, surfaces=(paints[-1][0],)))
