@@ -186,11 +186,14 @@ def make_zeroverse(
 # %% ../../nbs/data/01_make.ipynb #90beb8bd
 def _check_settings(path, settings):
     "Note the settings of a data set, or make sure that they are those noted before."
-    settings = json.loads(json.dumps(settings, default=lambda value: asdict(value) if is_dataclass(value) else str(value)))
+    defaults = {name: type(value)() for name, value in settings.items() if is_dataclass(value)}
+    settings, defaults = (json.loads(json.dumps(values, default=lambda value: asdict(value) if is_dataclass(value) else str(value)))
+                          for values in (settings, defaults))
     if not path.exists():
         write_json(path, settings)
         return
     before = read_json(path)
+    before |= {name: fields | before[name] for name, fields in defaults.items() if isinstance(before.get(name), dict)}   # fields newer than the file
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
         name = changed[0]

@@ -201,7 +201,8 @@ def facet(
     corners = geometry.faces[chosen].ravel()
     triangles = geometry.positions[corners].reshape(-1, 3, 3)
     flat = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-300)
+    length = np.linalg.norm(flat, axis=1, keepdims=True)
+    flat = np.where(length > 0, flat / np.maximum(length, 1e-300), geometry.normals[corners[::3]])   # a cut may leave triangles without area
     shared = np.zeros(len(geometry.positions), bool)
     shared[geometry.faces[~chosen].ravel()] = True
     kept = np.flatnonzero(shared)
