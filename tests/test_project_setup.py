@@ -49,11 +49,13 @@ def test_no_python_at_all(folder):
 
 
 def test_setup_is_done_once_and_again_when_the_pins_change(folder):
-    stamp = folder / ".venv/.zerolab-installed"
+    "By the files' times, given here: a clock that ticks coarsely must not decide."
+    stamp, pins = folder / ".venv/.zerolab-installed", folder / "constraints.txt"
     stamp.parent.mkdir()
     stamp.touch()
+    for age, path in enumerate((folder / "pyproject.toml", pins, stamp)): os.utime(path, (1_000_000 + age,)*2)
     assert make(folder, "setup", "--question").returncode == 0
-    (folder / "constraints.txt").touch()
+    os.utime(pins, (1_000_100,)*2)
     assert make(folder, "setup", "--question").returncode == 1
 
 
