@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..scene.mesh import Mesh
-from .augment import FINENESS, difference, inside_primitive, shrink, wire_lines, wireframe
+from .augment import FINENESS, difference, inside_primitive, shrink, stack, wire_lines, wireframe
 from .captions import NOTCH, Cut, Part, Surface, Wire, dense_caption, short_caption
 from .heightfield import displace, height_field
-from .primitives import KINDS, TUBE, Geometry, facet, join, move_patch, primitive, random_rotation, scale_patch
+from .primitives import KINDS, TUBE, facet, join, move_patch, primitive, random_rotation, scale_patch
 from .textures import make_texture
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #4f9cc0ca
@@ -211,14 +211,6 @@ COARSE = 8                # resolution of the surfaces on which they are placed
 LONG = 1.                 # half height of a cutting cylinder or cone (Zeroverse release: Blender's default, whatever the radius)
 
 
-def _stack(pieces):
-    "Several geometries in one; they keep their patch ids."
-    starts = np.cumsum([0] + [len(piece.positions) for piece in pieces[:-1]])
-    faces = np.concatenate([piece.faces + start for piece, start in zip(pieces, starts)]).astype(np.int32)
-    return Geometry(*(np.concatenate([piece[field] for piece in pieces]) for field in range(3)), faces,
-                    np.concatenate([piece.patch_ids for piece in pieces]))
-
-
 def _plain(part, resolution, number=0):
     "The triangles of a part without relief, all of them patch `number`."
     geometry = join([move_patch(scale_patch(patch, part.half_extents), part.rotation, part.centre) for patch in primitive(part.kind, resolution)])
@@ -227,7 +219,7 @@ def _plain(part, resolution, number=0):
 
 def _exposed_point(rng, parts):
     "A point of the surface, evenly by area, that no other part hides if one of 16 is such."
-    surface = _stack([_plain(part, COARSE, number) for number, part in enumerate(parts)])
+    surface = stack([_plain(part, COARSE, number) for number, part in enumerate(parts)])
     triangles, owner = surface.positions[surface.faces], surface.patch_ids
     areas = np.cumsum(np.linalg.norm(np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]), axis=1))
     which, along, across = rng.random((3, 16))
@@ -317,9 +309,9 @@ def _augment(seed, parts, pieces, recipe):
     "Perhaps cut the parts, perhaps add a wireframe: parts, pieces, `Cut`, `Wire`, and the paint of what is new."
     shall_cut, wired = augmentations(seed, recipe)
     cut = wire = None
-    if not (shall_cut or wired): return parts, _stack(pieces), cut, wire, []
+    if not (shall_cut or wired): return parts, stack(pieces), cut, wire, []
     paints, number = [], sum(len(part.surfaces) for part in parts)
-    unit = 1 / _placement(_stack([_plain(part, COARSE) for part in parts]).positions, recipe.extent)[1]
+    unit = 1 / _placement(stack([_plain(part, COARSE) for part in parts]).positions, recipe.extent)[1]
     if shall_cut: parts, pieces, cut = _cut_parts(seed, parts, pieces, unit, number, recipe)
     if cut is not None:
         paints.append(_draw_surface(seed, CUTTER, 0, "cut", recipe))
@@ -329,7 +321,7 @@ def _augment(seed, parts, pieces, recipe):
         pieces = [*pieces, geometry]
         paints.append(_draw_surface(seed, FRAME, 0, "wire", recipe))
         wire = replace(wire, frame=replace(wire.frame, surfaces=(paints[-1][0],)))
-    geometry = _stack([piece for piece in pieces if piece is not None])
+    geometry = stack([piece for piece in pieces if piece is not None])
     for new, (_, _, repeats, offset) in enumerate(paints, number):
         corners = np.unique(geometry.faces[geometry.patch_ids == new])
         geometry.uvs[corners] = geometry.uvs[corners] * repeats + offset
