@@ -231,16 +231,19 @@ def ramp(
 
 # %% ../../nbs/shapes/02_textures.ipynb #aae544d3
 _EXAMPLES = dict(
-    black=["#0a0a0a", "#222222", "#1a1a24", "#241c18"], white=["#ffffff", "#ededed", "#f2efe6", "#e6eaf0"],
-    grey=["#505050", "#808080", "#b0b0b0", "#7a808a", "#8a857c"], red=["#c81e1e", "#ff2a2a", "#8a1414", "#d8443c"],
-    orange=["#ff8c1a", "#e07020", "#f0a040"], yellow=["#ffe619", "#e6c828", "#fff07a", "#c8b428"],
-    green=["#2f9e2f", "#1e5a28", "#7ac84a", "#6b7a2a", "#3cb478", "#8cd890"],
-    blue=["#2846d2", "#1e2878", "#50a0f0", "#3c6ea0", "#8cc8f0", "#28b4c8", "#1c6e78"],
-    purple=["#7828a0", "#502878", "#a064d2", "#a082b4"], pink=["#ff78b4", "#e61e8c", "#ffbed2", "#d28c96"],
-    brown=["#6e4628", "#8c643c", "#46301e", "#a0825a", "#c8aa82"])
+    black=["#0a0a0a", "#1e1e1e", "#14141c", "#1c1410"], white=["#ffffff", "#ededed", "#f2efe6", "#e6eaf0"],
+    grey=["#3c3c3c", "#505050", "#808080", "#b0b0b0", "#7a808a", "#8a857c", "#5a554e", "#cdcdcd"],
+    red=["#c81e1e", "#ff2a2a", "#8a1414", "#d8443c", "#5a0a0a", "#3c0010", "#7a3040"],
+    orange=["#ff8c1a", "#e07020", "#f0a040", "#b04a00", "#ffd0a0", "#ffb08a"], yellow=["#ffe619", "#e6c828", "#fff07a", "#c8b428", "#ffe6a0"],
+    green=["#2f9e2f", "#1e5a28", "#7ac84a", "#6b7a2a", "#3cb478", "#8cd890", "#1c6450", "#5ae6b4", "#8fae8f", "#56704f", "#0a3220", "#7ad8c0", "#d0f0d8"],
+    blue=["#2846d2", "#1e2878", "#50a0f0", "#3c6ea0", "#8cc8f0", "#28b4c8", "#1c6478", "#14dcf0", "#7896b4", "#0f2a4a", "#04303c", "#c8dcfa", "#4a8088"],
+    purple=["#7828a0", "#502878", "#a064d2", "#a082b4", "#cdb4eb", "#5a28f0", "#30203c", "#5c3c58", "#281040"],
+    pink=["#ff78b4", "#e61e8c", "#ffbed2", "#d28c96", "#ffd8d8", "#b45078", "#d8b0c8"],
+    brown=["#6e4628", "#8c643c", "#46301e", "#a0825a", "#c8aa82", "#966e64", "#5a4038", "#332405", "#c8b8a0", "#7a6a28"])
 COLOURS = tuple(_EXAMPLES)
 _EXAMPLE_NAME = np.repeat(np.arange(len(COLOURS)), [len(shades) for shades in _EXAMPLES.values()])
-_EXAMPLE_LAB = srgb_to_oklab([[int(shade[k:k + 2], 16) / 255 for k in (1, 3, 5)] for shades in _EXAMPLES.values() for shade in shades])
+_NAMING = np.array([.6, 1., 1.])      # lightness tells basic colours apart less than hue and chroma do
+_EXAMPLE_LAB = _NAMING * srgb_to_oklab([[int(shade[k:k + 2], 16) / 255 for k in (1, 3, 5)] for shades in _EXAMPLES.values() for shade in shades])
 
 
 def _samples(albedo):
@@ -261,7 +264,7 @@ def name_colours(
     share=.25,          # a colour is worth naming when it covers this part of the picture
 ) -> tuple:             # of names from `COLOURS`, the most frequent first, at most two
     "Which colours a texture is made of."
-    lab = _samples(albedo)
+    lab = _NAMING * _samples(albedo)
     nearest = (np.square(_EXAMPLE_LAB).sum(1) - 2 * np.einsum("pc,ec->pe", lab, _EXAMPLE_LAB)).argmin(1)   # |lab|^2 is the same for all
     counts = np.bincount(_EXAMPLE_NAME[nearest], minlength=len(COLOURS)) / len(lab)
     order = np.argsort(-counts, kind="stable")[:2]
@@ -284,7 +287,7 @@ def _shade(albedo, brightness):
     return np.minimum(shaded, np.float32(255), out=shaded).astype(np.uint8)
 
 
-SHOWS = .03                 # standard deviation in Oklab from which a pattern is seen; a just noticeable difference is about .02
+SHOWS = .015                # standard deviation in Oklab from which a pattern is seen; a just noticeable difference is about .02
 GRAIN_PROBABILITY = .5      # fine grain, as paper, plaster or sensor noise have it
 
 
@@ -299,9 +302,9 @@ def make_texture(
     strength = rng.uniform(.02, .15) if rng.random() < GRAIN_PROBABILITY else 0.
     levels = np.rint(pattern(name, rng, size) * 255).astype(np.uint8)
     albedo = np.rint(colours * 255).astype(np.uint8).take(levels, axis=0)
-    shows = contrast(albedo) >= SHOWS
+    words = name if contrast(albedo) >= SHOWS else "plain", name_colours(albedo)
     if strength: albedo = _shade(albedo, 1 + np.float32(strength) * (2 * grain(rng, size) - 1))
-    return Texture(albedo, name if shows else "plain", name_colours(albedo))
+    return Texture(albedo, *words)
 
 # %% ../../nbs/shapes/02_textures.ipynb #b79e3915
 def seams(
