@@ -163,7 +163,7 @@ def _spotted(rng, size): return _cells(rng, size, 1)
 
 # %% ../../nbs/shapes/02_textures.ipynb #087dfbe6
 _PATTERNS = dict(plain=_plain, cloudy=_cloudy, shaded=_shaded, striped=_striped, checkered=_checkered, marbled=_marbled,
-                 brick=_bricked, dotted=_dotted, woven=_woven, mosaic=_mosaic, spotted=_spotted)
+                 bricked=_bricked, dotted=_dotted, woven=_woven, mosaic=_mosaic, spotted=_spotted)
 PATTERNS = tuple(_PATTERNS)     # the names are the adjectives that captions use
 
 
