@@ -136,9 +136,8 @@ def _woven(rng, size):
     return np.where((wave > 0) == (wave > 0)[:, None], np.float32(.35) + up, up[:, None])
 
 
-def _cells(rng, size, style):
+def _cells(rng, size, cells, style):
     "One random point in each cell of a lattice, every pixel belonging to the nearest (Worley, 1996): tiles, spots, or facets."
-    cells = int(rng.integers(3, 11))
     x, y, shade = np.pad(rng.random((3, cells, cells), dtype=np.float32), ((0, 0), (1, 1), (1, 1)), mode="wrap")
     place = _ticks(size) * np.float32(cells)
     cell = place.astype(int)
@@ -158,8 +157,8 @@ def _cells(rng, size, style):
     return field * np.minimum(1, joint * 12) if style == 0 else np.minimum(1, joint)
 
 
-def _mosaic(rng, size): return _cells(rng, size, 2 * int(rng.integers(2)))
-def _spotted(rng, size): return _cells(rng, size, 1)
+def _mosaic(rng, size): return _cells(rng, size, int(rng.integers(3, 11)), 2 * int(rng.integers(2)))
+def _spotted(rng, size): return _cells(rng, size, int(rng.integers(5, 11)), 1)
 
 # %% ../../nbs/shapes/02_textures.ipynb #087dfbe6
 _PATTERNS = dict(plain=_plain, cloudy=_cloudy, shaded=_shaded, striped=_striped, checkered=_checkered, marbled=_marbled,
@@ -231,9 +230,9 @@ def ramp(
 
 # %% ../../nbs/shapes/02_textures.ipynb #aae544d3
 _EXAMPLES = dict(
-    black=["#0a0a0a", "#1e1e1e", "#14141c", "#1c1410"], white=["#ffffff", "#ededed", "#f2efe6", "#e6eaf0"],
+    black=["#0a0a0a", "#1e1e1e", "#14141c", "#1c1410", "#2a0408"], white=["#ffffff", "#ededed", "#f2efe6", "#e6eaf0"],
     grey=["#3c3c3c", "#505050", "#808080", "#b0b0b0", "#7a808a", "#8a857c", "#5a554e", "#cdcdcd"],
-    red=["#c81e1e", "#ff2a2a", "#8a1414", "#d8443c", "#5a0a0a", "#3c0010", "#7a3040"],
+    red=["#c81e1e", "#ff2a2a", "#8a1414", "#d8443c", "#5a0a0a", "#7a3040"],
     orange=["#ff8c1a", "#e07020", "#f0a040", "#b04a00", "#ffd0a0", "#ffb08a"], yellow=["#ffe619", "#e6c828", "#fff07a", "#c8b428", "#ffe6a0"],
     green=["#2f9e2f", "#1e5a28", "#7ac84a", "#6b7a2a", "#3cb478", "#8cd890", "#1c6450", "#5ae6b4", "#8fae8f", "#56704f", "#0a3220", "#7ad8c0", "#d0f0d8"],
     blue=["#2846d2", "#1e2878", "#50a0f0", "#3c6ea0", "#8cc8f0", "#28b4c8", "#1c6478", "#14dcf0", "#7896b4", "#0f2a4a", "#04303c", "#c8dcfa", "#4a8088"],
