@@ -209,7 +209,7 @@ GREY, WARM = .3, .75     # of natural ramps that are all but grey, and of hues b
 
 def _natural_stops(rng, count):
     "Nearly one hue, nearly one chroma, and lightness that varies: fitted to eight scans."
-    base, spread = np.clip(rng.normal(.6, .16), .2, .95), rng.gamma(2., .09)
+    base, spread = np.clip(rng.normal(.6, .16), .2, .95), rng.gamma(2., .08)
     lightness = np.clip(rng.normal(base, spread, count), .08, .97)
     chroma = (rng.exponential(.012) if rng.random() < GREY else rng.gamma(5., .025)) * rng.uniform(.7, 1.2, count)
     hue = np.radians(rng.normal(60, 30) if rng.random() < WARM else rng.uniform(0, 360)) + rng.normal(0, .15, count)
