@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PRIMITIVES', 'HEIGHT_FIELD', 'THINGS', 'PAPER', 'RELEASE', 'MIXES', 'COUNT', 'PART', 'HEIGHT', 'FACET',
-           'TEXTURE', 'FINISH', 'POSE', 'MIX', 'CUT', 'WIRE', 'CARRY', 'THINNEST', 'CUTTER', 'FRAME', 'COARSE', 'LONG',
-           'TRIES', 'MOST', 'CRUMB', 'CUTTER_CELLS', 'THINNEST_WALL', 'Recipe', 'no_heightfield', 'no_boolean',
-           'no_wireframe', 'primitives_only', 'mix', 'stream', 'part_count', 'quarter_turns', 'euler_rotation',
-           'make_part', 'augmentations', 'Shape', 'make_shape']
+           'TEXTURE', 'FINISH', 'POSE', 'MIX', 'CUT', 'WIRE', 'CARRY', 'MATERIAL', 'THINNEST', 'CUTTER', 'FRAME',
+           'COARSE', 'LONG', 'TRIES', 'MOST', 'CRUMB', 'CUTTER_CELLS', 'THINNEST_WALL', 'Recipe', 'with_materials',
+           'no_heightfield', 'no_boolean', 'no_wireframe', 'primitives_only', 'mix', 'stream', 'part_count',
+           'quarter_turns', 'euler_rotation', 'make_part', 'augmentations', 'Shape', 'make_shape']
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #0cb6809a
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from ..scene.mesh import Mesh
 from .augment import FINENESS, cutter_solid, difference, inside_primitive, points_inside, shrink, stack, wire_lines, wireframe
-from .captions import NOTCH, Cut, Part, Surface, Wire, dense_caption, short_caption
+from .captions import NOTCH, TEXTURED, Cut, Part, Surface, Wire, dense_caption, short_caption
+from .describe import describe
 from .heightfield import displace, height_field
+from .materials import draw_material, fingerprint
 from .primitives import KINDS, TUBE, facet, join, move_patch, primitive, random_rotation, scale_patch
-from .textures import make_texture
+from .textures import make_texture, seams, uv_matrix
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #4f9cc0ca
 VERSION = 2     # changes when the same seed and recipe begin to give another shape
@@ -36,6 +39,11 @@ class Recipe:
     texture_size: int = 128                # pixels; the Zeroverse release has 512
     upright_probability: float = 0.        # of a shape whose parts all lie along the axes
     natural_probability: float = .5        # of colours with natural-image statistics
+    uv_scale: tuple = (.7, 2.8)            # how often a texture repeats, its logarithm drawn evenly; ours
+    turned_probability: float = .5         # of a texture that lies at any angle, others at a quarter turn; ours
+    materials: str = ""                    # folder of photographed materials, see `with_materials`
+    materials_fingerprint: str = ""        # what it must hold
+    materials_probability: float = 0.      # of a surface being photographed (LRM-Zero section 3.1: 1)
     height_field_probability: float = 0.   # of a surface (LRM-Zero section 3.2: 0.5)
     height_amplitude: float = .2           # largest bump, as part of the smallest side (Zeroverse release)
     flat_probability: float = .1           # of a surface being shaded in facets
@@ -61,6 +69,9 @@ class Recipe:
         for name in vars(self):
             value = getattr(self, name)
             if name.endswith("_probability") and not 0 <= value <= 1: raise ValueError(f"Recipe: {name} {value} is no probability, use 0 to 1")
+        if self.materials_probability and not (self.materials and self.materials_fingerprint):
+            raise ValueError("Recipe: materials_probability needs a folder and its fingerprint: use with_materials(recipe, folder, probability)")
+        if not 0 < self.uv_scale[0] <= self.uv_scale[1]: raise ValueError(f"Recipe: uv_scale {self.uv_scale} must be a positive range (low, high)")
         for name in ("half_extents", "roughness", "metallic", "cutter_size", "wall", "wire_size", "wire_thickness"):
             low, high = getattr(self, name)
             if not 0 <= low <= high: raise ValueError(f"Recipe: {name} {(low, high)} must be a range (low, high), not negative")
@@ -83,6 +94,15 @@ THINGS = replace(HEIGHT_FIELD, count_weights=(4, 4, 3, 2, 1), half_extents=(.08,
 PAPER = replace(HEIGHT_FIELD, boolean_probability=.4, wireframe_probability=.2)
 RELEASE = replace(PAPER, count_weights=(5, 5, 5, 4, 4, 3, 2, 1, 1), kinds=("cube", "sphere", "cylinder"), placement="chain", one_material=True,
                   flat_probability=0., exclusive=False, cutters=KINDS, hollow_probability=1., anchor="vertex")
+
+# %% ../../nbs/shapes/04_zeroverse.ipynb #94684151
+def with_materials(
+    recipe:Recipe,
+    folder,             # of pictures, see `zerolab.shapes.materials.list_materials`
+    probability=1.,     # of a surface being photographed
+) -> Recipe:
+    "Paint surfaces with photographs."
+    return replace(recipe, materials=str(folder), materials_fingerprint=fingerprint(folder), materials_probability=probability)
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #dfb5c83e
 def no_heightfield(
@@ -132,7 +152,7 @@ def mix(
     return replace(recipe, exclusive=True, boolean_probability=boolean / whole, wireframe_probability=wireframe / whole)
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #63b92f47
-COUNT, PART, HEIGHT, FACET, TEXTURE, FINISH, POSE, MIX, CUT, WIRE, CARRY = range(11)     # purposes; new ones go at the end
+COUNT, PART, HEIGHT, FACET, TEXTURE, FINISH, POSE, MIX, CUT, WIRE, CARRY, MATERIAL = range(12)     # purposes; new ones go at the end
 
 
 def stream(
@@ -209,16 +229,29 @@ def _paint(recipe, index, number):
     return (0, 0) if recipe.one_material else (index, number)
 
 
-def _draw_surface(seed, index, number, name, recipe):
-    "Paint and finish of a surface: the words for it, its texture, and how often and from where it repeats."
+def _draw_uv(rng, recipe, closed):
+    "How a texture lies on a surface whose coordinates close by these vectors: a matrix and an offset."
+    low, high = np.log(recipe.uv_scale)
+    scale, turned, angle, offset = np.exp(rng.uniform(low, high)), rng.random() < recipe.turned_probability, rng.uniform(0, 4), rng.random(2)
+    return uv_matrix(scale, np.pi/2 * (angle if turned else int(angle)), closed), offset
+
+
+def _lay(uvs, lie): return np.einsum("jk,...k->...j", lie[0], uvs) + lie[1]
+
+
+def _draw_surface(seed, index, number, name, recipe, closed=()):
+    "Paint and finish of a surface: the words for it, its texture, and how that lies on it; `closed` as from `seams`."
     rng = stream(recipe, seed, TEXTURE, index, number)
-    repeats, offset = (1, 1, 1, 2, 3)[rng.integers(5)], rng.random(2)     # whole repeats: closed surfaces must not show a seam
-    texture = make_texture(rng, recipe.texture_size, recipe.natural_probability)
+    lie, texture = _draw_uv(rng, recipe, closed), make_texture(rng, recipe.texture_size, recipe.natural_probability)
     rng = stream(recipe, seed, FINISH, index, number)
     roughness, metal, metallic = rng.uniform(*recipe.roughness), rng.random() < recipe.metallic_probability, rng.uniform(*recipe.metallic)
     faceted = bool(stream(recipe, seed, FACET, index, number).random() < recipe.flat_probability)
     surface = Surface(name, texture.pattern, texture.colours, float(roughness), float(metallic) * bool(metal), faceted=faceted)
-    return surface, texture.albedo, repeats, offset
+    rng = stream(recipe, seed, MATERIAL, index, number)
+    if rng.random() >= recipe.materials_probability: return surface, texture.albedo, lie
+    photo = draw_material(rng, recipe.materials, recipe.materials_fingerprint, recipe.texture_size)
+    maps = {name: value for name, value in (("roughness", photo.roughness), ("metallic", photo.metallic)) if value is not None}
+    return replace(surface, pattern=TEXTURED, colours=photo.colours, **maps), photo.albedo, lie
 
 
 def _relief(seed, index, number, patch, part, recipe):
@@ -240,8 +273,8 @@ def make_part(
     patches, surfaces, albedo = [], [], []
     for number, patch in enumerate(primitive(part.kind, recipe.resolution)):
         patch, amplitude = _relief(seed, index, number, scale_patch(patch, part.half_extents), part, recipe)
-        surface, picture, repeats, offset = _draw_surface(seed, *_paint(recipe, index, number), patch.name, recipe)
-        patches.append(replace(move_patch(patch, part.rotation, part.centre), uvs=patch.uvs * repeats + offset))
+        surface, picture, lie = _draw_surface(seed, *_paint(recipe, index, number), patch.name, recipe, seams(patch))
+        patches.append(replace(move_patch(patch, part.rotation, part.centre), uvs=_lay(patch.uvs, lie)))
         surfaces.append(replace(surface, height=amplitude))
         albedo.append(picture)
     return replace(part, surfaces=tuple(surfaces)), patches, albedo
@@ -366,14 +399,16 @@ class Shape:
     "A procedural object that knows what it is made of."
     mesh: Mesh             # centred, longest side `recipe.extent`; one material for each surface of `parts`, then that of `cut`, then that of `wire`
     parts: tuple           # of Part, as drawn; with `removed` = 1 where a cut left nothing
-    caption: str           # three to five words, more with a cut or a wireframe
-    dense_caption: str     # every large part
     seed: int
     recipe: Recipe
     cut: Cut | None        # what was taken away, in the frame of the parts
     wire: Wire | None      # what was added, in the frame of the parts
     middle: tuple          # (x,y,z) of the frame of the parts that the mesh has at its origin
     scale: float           # length in the mesh of a unit in the frame of the parts
+
+    description = cached_property(describe)     # a dictionary of what can be seen, made when it is first asked for
+    caption = property(lambda self: short_caption(self.description), doc="Three to five words.")
+    dense_caption = property(lambda self: dense_caption(self.description), doc="Thirty to fifty words.")
 
 
 def _placement(positions, extent):
@@ -391,7 +426,8 @@ def _augment(seed, parts, pieces, recipe):
     unit = 1 / _placement(stack([_plain(part, COARSE) for part in parts]).positions, recipe.extent)[1]
     if shall_cut: parts, pieces, cut = _cut_parts(seed, parts, pieces, unit, number, recipe)
     if cut is not None:
-        paints.append(_draw_surface(seed, *_paint(recipe, CUTTER, 0), "cut", recipe))
+        closed = max((seams(patch) for patch in primitive(cut.cutter.kind)), key=len)
+        paints.append(_draw_surface(seed, *_paint(recipe, CUTTER, 0), "cut", recipe, closed))
         cut = replace(cut, cutter=replace(cut.cutter, surfaces=(paints[-1][0],)))
     if wired:
         geometry, wire = _wire(seed, parts, unit, number + len(paints), recipe)
@@ -399,9 +435,9 @@ def _augment(seed, parts, pieces, recipe):
         paints.append(_draw_surface(seed, *_paint(recipe, FRAME, 0), "wire", recipe))
         wire = replace(wire, frame=replace(wire.frame, surfaces=(paints[-1][0],)))
     geometry = stack([piece for piece in pieces if piece is not None])
-    for new, (_, _, repeats, offset) in enumerate(paints, number):
+    for new, (_, _, lie) in enumerate(paints, number):
         corners = np.unique(geometry.faces[geometry.patch_ids == new])
-        geometry.uvs[corners] = geometry.uvs[corners] * repeats + offset
+        geometry.uvs[corners] = _lay(geometry.uvs[corners], lie)
     return parts, geometry, cut, wire, paints
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #22adcd36
@@ -425,5 +461,4 @@ def make_shape(
                 albedo=np.stack([picture for group in albedo for picture in group] + [paint[1] for paint in paints]),
                 roughness=np.array([surface.roughness for surface in surfaces], np.float32),
                 metallic=np.array([surface.metallic for surface in surfaces], np.float32))
-    return Shape(mesh, tuple(parts), short_caption(parts, cut, wire), dense_caption(parts, cut, wire), int(seed), recipe, cut, wire,
-                 tuple(middle.tolist()), float(scale))
+    return Shape(mesh, tuple(parts), int(seed), recipe, cut, wire, tuple(middle.tolist()), float(scale))
