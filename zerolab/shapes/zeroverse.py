@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VERSION', 'PRIMITIVES', 'HEIGHT_FIELD', 'THINGS', 'PAPER', 'RELEASE', 'MIXES', 'COUNT', 'PART', 'HEIGHT', 'FACET',
            'TEXTURE', 'FINISH', 'POSE', 'MIX', 'CUT', 'WIRE', 'CARRY', 'THINNEST', 'CUTTER', 'FRAME', 'COARSE', 'LONG',
-           'TRIES', 'MOST', 'CRUMB', 'CUTTER_CELLS', 'THINNEST_WALL', 'Recipe', 'no_heightfield', 'no_boolean',
-           'no_wireframe', 'primitives_only', 'mix', 'stream', 'part_count', 'quarter_turns', 'euler_rotation',
-           'make_part', 'augmentations', 'Shape', 'make_shape']
+           'TRIES', 'MOST', 'CUTTER_CELLS', 'THINNEST_WALL', 'Recipe', 'no_heightfield', 'no_boolean', 'no_wireframe',
+           'primitives_only', 'mix', 'stream', 'part_count', 'quarter_turns', 'euler_rotation', 'make_part',
+           'augmentations', 'Shape', 'make_shape']
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #0cb6809a
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..scene.mesh import Mesh
-from .augment import FINENESS, cutter_solid, difference, inside_primitive, points_inside, shrink, stack, wire_lines, wireframe
+from .augment import CRUMB, FINENESS, cutter_solid, difference, inside_primitive, points_inside, shrink, stack, wire_lines, wireframe
 from .captions import NOTCH, Cut, Part, Surface, Wire, dense_caption, short_caption
 from .heightfield import displace, height_field
 from .primitives import KINDS, TUBE, facet, join, move_patch, primitive, random_rotation, scale_patch
@@ -298,7 +298,7 @@ def _draw_tool(rng, seed, kinds, sizes, unit, recipe):
     return Part(kind, (size,) * 3, (0., 0., 0.), tuple(map(tuple, _draw_rotation(rng, seed, recipe).tolist())), ())
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #ecd656f1
-TRIES, MOST, CRUMB = 8, 2/3, .02    # cutters to draw; the share of all parts that a cut may take; less of a part than this is swept away
+TRIES, MOST = 8, 2/3                # cutters to draw; the share of all parts that a cut may take
 CUTTER_CELLS = 2/3                  # cells along a cutter's face, of those of a part's: it is smaller
 THINNEST_WALL = .3                  # a wall is at most this share of a part's thinnest half extent
 
