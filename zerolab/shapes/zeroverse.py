@@ -221,12 +221,18 @@ def _draw_surface(seed, index, number, name, recipe):
     return surface, texture.albedo, repeats, offset
 
 
+def _draw_amplitude(seed, index, number, part, recipe):
+    "The amplitude of a surface's height field, 0 for none, and the generator for its heights."
+    rng = stream(recipe, seed, HEIGHT, index, number)
+    if rng.random() >= recipe.height_field_probability: return 0., rng
+    return float(rng.uniform(0, recipe.height_amplitude * 2 * THINNEST[part.kind] * min(part.half_extents))), rng
+
+
 def _relief(seed, index, number, patch, part, recipe):
     "Perhaps a height field: the patch and the amplitude, 0 for none."
-    rng = stream(recipe, seed, HEIGHT, index, number)
-    if rng.random() >= recipe.height_field_probability: return patch, 0.
-    amplitude = rng.uniform(0, recipe.height_amplitude * 2 * THINNEST[part.kind] * min(part.half_extents))
-    return displace(patch, height_field(rng, patch.positions.shape[:2], amplitude, patch.wraps)), float(amplitude)
+    amplitude, rng = _draw_amplitude(seed, index, number, part, recipe)
+    if not amplitude: return patch, 0.
+    return displace(patch, height_field(rng, patch.positions.shape[:2], amplitude, patch.wraps)), amplitude
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #0c27d70a
 def make_part(
@@ -420,8 +426,11 @@ def make_shape(
     surfaces = [surface for part in parts for surface in part.surfaces] + [paint[0] for paint in paints]
     geometry = facet(geometry, [number for number, surface in enumerate(surfaces) if surface.faceted])
     middle, scale = _placement(geometry.positions, recipe.extent)
-    mesh = Mesh(positions=((geometry.positions - middle) * scale).astype(np.float32), normals=geometry.normals.astype(np.float32),
-                uvs=geometry.uvs.astype(np.float32), faces=geometry.faces, material_ids=geometry.patch_ids,
+    positions = ((geometry.positions - middle) * scale).astype(np.float32)
+    a, b, c = np.moveaxis(positions[geometry.faces], 1, 0)
+    sound = (a != b).any(1) & (b != c).any(1) & (c != a).any(1)     # rounding may close a sliver of a cut: both its neighbours on that edge go
+    mesh = Mesh(positions=positions, normals=geometry.normals.astype(np.float32),
+                uvs=geometry.uvs.astype(np.float32), faces=geometry.faces[sound], material_ids=geometry.patch_ids[sound],
                 albedo=np.stack([picture for group in albedo for picture in group] + [paint[1] for paint in paints]),
                 roughness=np.array([surface.roughness for surface in surfaces], np.float32),
                 metallic=np.array([surface.metallic for surface in surfaces], np.float32))
