@@ -4,16 +4,19 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import chi2, kstest
 
+from zerolab.data.make import all_around
 from zerolab.shapes.captions import VOCABULARY
 from zerolab.shapes.heightfield import displace, height_field
 from zerolab.shapes.primitives import KINDS, facet, join, move_patch, primitive, random_rotation, scale_patch, weld
 from zerolab.shapes.textures import PATTERNS, make_texture
-from zerolab.shapes.zeroverse import (HEIGHT_FIELD, PRIMITIVES, THINGS, VERSION, _draw_part, make_part, make_shape, part_count,
-                                      quarter_turns)
+from zerolab.shapes.zeroverse import (HEIGHT_FIELD, PAPER, PRIMITIVES, RELEASE, THINGS, THINNEST, VERSION, _draw_amplitude, _draw_part, augmentations,
+                                      make_part, make_shape, part_count, primitives_only, quarter_turns)
 
 SMALL = replace(HEIGHT_FIELD, texture_size=16, resolution=8)
 
@@ -105,6 +108,66 @@ def test_counts_follow_the_paper():
     assert ((counts - expected)**2 / expected).sum() < 26.1       # 8 degrees of freedom, p = 0.001
 
 
+SURFACES = {kind: len(primitive(kind, 3)) for kind in KINDS}
+
+
+def within_chance(counts, expected):
+    "Chi-square as improbable as four standard deviations: once in 16,000."
+    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
+    expected = expected / expected.sum() * counts.sum()
+    return ((counts - expected)**2 / expected).sum() < chi2.isf(6.3e-5, len(counts) - 1)
+
+
+def share_is(values, probability):
+    "Four standard deviations of a count."
+    return abs(np.mean(values) - probability) < 4 * np.sqrt(probability * (1 - probability) / len(values))
+
+
+@pytest.mark.parametrize("recipe", [PAPER, RELEASE], ids=["PAPER", "RELEASE"])
+def test_two_thousand_objects_are_drawn_as_the_recipe_says(recipe):
+    "Without meshes; each tolerance is four standard deviations, and the seeds are fixed."
+    counts = np.array([part_count(seed, recipe) for seed in range(2000)])
+    assert within_chance(np.bincount(counts, minlength=10)[1:], recipe.count_weights)
+    parts = [(seed, index, _draw_part(seed, index, recipe)) for seed in range(2000) for index in range(counts[seed])]
+    assert within_chance([sum(part.kind == kind for *_, part in parts) for kind in recipe.kinds], np.ones(len(recipe.kinds)))
+    extents = np.array([part.half_extents for *_, part in parts]).ravel()
+    assert kstest(extents, "uniform", (.25, 1.75)).pvalue > 6.3e-5
+    heights = [(_draw_amplitude(seed, index, number, part, recipe)[0], .4 * THINNEST[part.kind] * min(part.half_extents))
+               for seed, index, part in parts for number in range(SURFACES[part.kind])]
+    assert share_is([height > 0 for height, _ in heights], recipe.height_field_probability)
+    assert kstest([height / most for height, most in heights if height], "uniform").pvalue > 6.3e-5
+    cut, wired = np.array([augmentations(seed, recipe) for seed in range(2000)]).T
+    assert share_is(cut, recipe.boolean_probability) and share_is(wired, recipe.wireframe_probability)
+    if recipe.exclusive: assert not (cut & wired).any()
+    else: assert share_is(cut & wired, recipe.boolean_probability * recipe.wireframe_probability)
+
+
+@pytest.mark.parametrize("objects", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_cameras_are_where_the_paper_says(objects):
+    distances = np.concatenate([np.linalg.norm(all_around(np.random.default_rng([0, seed]), (64, 64), views=32).c2w[:, :3, 3].numpy(), axis=1)
+                                for seed in range(objects)])
+    assert 2 <= distances.min() + 1e-6 and distances.max() <= 3 + 1e-6
+    assert kstest(distances, "uniform", (2, 1)).pvalue > 6.3e-5
+
+
+@pytest.mark.slow
+def test_two_thousand_objects_are_what_was_drawn():
+    "Built: what is in the shapes has the statistics of the recipe too. Tolerances as above; a few heaps offer nothing to cut."
+    recipe = replace(PAPER, resolution=6, texture_size=16)
+    shapes = [make_shape(seed, recipe) for seed in range(2000)]
+    assert within_chance(np.bincount([len(shape.parts) for shape in shapes], minlength=10)[1:], PAPER.count_weights)
+    surfaces = [surface for shape in shapes for part in shape.parts for surface in part.surfaces]
+    assert share_is([surface.height > 0 for surface in surfaces], .5)
+    assert share_is([surface.faceted for surface in surfaces], PAPER.flat_probability)
+    assert share_is([shape.wire is not None for shape in shapes], .2)
+    cuts = [shape.cut for shape in shapes if shape.cut]
+    asked = sum(augmentations(seed, recipe)[0] for seed in range(2000))
+    assert .99 * asked <= len(cuts) <= asked and share_is([augmentations(seed, recipe)[0] for seed in range(2000)], .4)
+    assert share_is([cut.thickness > 0 for cut in cuts], .5)
+    assert set(PAPER.cutters) == {cut.cutter.kind for cut in cuts}
+    assert not any(shape.cut and shape.wire for shape in shapes)
+
+
 def test_surfaces_and_kinds_are_all_drawn():
     parts = [part for seed in range(60) for part in make_shape(seed, replace(SMALL, resolution=4)).parts]
     surfaces = [surface for part in parts for surface in part.surfaces]
@@ -158,17 +221,95 @@ def test_same_bytes_in_every_process():
     assert len(digests) == 1
 
 
-def test_version_guards_the_bytes():
+def drawn_geometry(recipe):
+    "A hash of parts and triangles, without their paint."
+    digest = hashlib.sha256()
+    for seed in (0, 52, 2024):
+        shape = make_shape(seed, replace(recipe, texture_size=16))
+        digest.update(repr([(part.kind, [round(x, 6) for x in part.half_extents + part.centre]) for part in shape.parts]).encode())
+        digest.update(np.round(shape.mesh.positions[shape.mesh.faces].mean((0, 1)), 4).tobytes() + bytes(len(shape.mesh.faces) % 256))
+    return digest.hexdigest()[:12]
+
+
+def test_version_guards_the_shapes():
     "If this fails, the same seed gives another shape than before: raise VERSION, and say so where data sets are made."
-    shape = make_shape(2024, PRIMITIVES)
-    parts = [(part.kind, [round(x, 6) for x in part.half_extents], [(s.pattern, s.colours) for s in part.surfaces]) for part in shape.parts]
-    summary = hashlib.sha256(repr(parts).encode())
-    assert (VERSION, summary.hexdigest()[:16]) == (1, "1b0ff702eb19e59b")
+    recipes = dict(PRIMITIVES=PRIMITIVES, HEIGHT_FIELD=HEIGHT_FIELD, THINGS=THINGS, PAPER=PAPER, RELEASE=RELEASE)
+    assert (VERSION, {name: drawn_geometry(recipe) for name, recipe in recipes.items()}) == (2, dict(
+        PRIMITIVES="9fec575fb97f", HEIGHT_FIELD="e981da347a24", THINGS="864d4454b442", PAPER="f478034e85ff", RELEASE="5acf93480af3"))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "7", None, True])
 def test_bad_seeds_are_refused(seed):
     with pytest.raises(ValueError, match="must be a whole number"): make_shape(seed)
+
+
+# ---- Defects of the released program, see also tests/test_shapes_augment.py
+
+
+def test_height_fields_are_on():
+    "The release draws whether a surface stays flat, and by default the odds are 1: no object has any relief unless one finds the flag."
+    assert PAPER.height_field_probability == RELEASE.height_field_probability == .5 and primitives_only(RELEASE).height_field_probability == 0
+    for recipe in (PAPER, RELEASE):
+        bumps = [surface.height > 0 for seed in range(20) for part in make_shape(seed, replace(recipe, resolution=4, texture_size=16)).parts
+                 for surface in part.surfaces]
+        assert share_is(bumps, .5)
+    for seed in range(10):                                                                                # and the relief is in the mesh
+        (part, bumpy, _), (_, plain, _) = (make_part(seed, 0, recipe) for recipe in (replace(SMALL, height_field_probability=1.), primitives_only(SMALL)))
+        lifted = np.linalg.norm(bumpy[0].positions - plain[0].positions, axis=-1).max()
+        assert .1 * part.surfaces[0].height < lifted < 1.6 * part.surfaces[0].height
+
+
+def test_each_surface_has_its_own_finish():
+    """The release reads the number of the shape where the number of the material stands, so all surfaces of an object get the roughness of one.
+    Here the triangles of each material lie on that surface of that part whose roughness and metal it has."""
+    recipe = replace(primitives_only(PAPER), kinds=("cube", "cylinder"), texture_size=16, resolution=4, flat_probability=.5)
+    for seed in range(20):
+        shape, number = make_shape(seed, recipe), 0
+        for index, part in enumerate(shape.parts):
+            alone = make_part(seed, index, recipe)[0]
+            for surface, own in zip(part.surfaces, alone.surfaces):
+                mesh = shape.mesh
+                assert mesh.roughness[number] == np.float32(own.roughness) and mesh.metallic[number] == np.float32(own.metallic)
+                corners = mesh.positions[np.unique(mesh.faces[mesh.material_ids == number])] / shape.scale + np.array(shape.middle)
+                x, y, z = ((corners - part.centre) @ np.array(part.rotation) / part.half_extents).T
+                at = {"side": np.hypot(x, y), "bottom": -z, "top": z, **{f"{name}{sign}": value if sign == "+" else -value
+                      for name, value in zip("xyz", (x, y, z)) for sign in "+-"}}[surface.name]
+                np.testing.assert_allclose(at, 1, atol=1e-5)
+                number += 1
+        assert number == len(shape.mesh.albedo)
+        assert number < 2 or len(np.unique(shape.mesh.roughness)) == number
+
+
+@pytest.mark.parametrize("objects", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_one_process_makes_any_number_of_objects(objects):
+    "The release makes one object in a process, and most of its time is the start. Here a process goes on, and does not grow."
+    def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if not Path("/proc/self/statm").exists(): pytest.skip("no /proc: memory cannot be read")
+    recipe = replace(PAPER, resolution=6, texture_size=16)
+    for seed in range(60): make_shape(seed, recipe)
+    before = resident()
+    for seed in range(objects): make_shape(seed, recipe)
+    assert resident() - before < 8 << 20
+
+
+# ---- The released program's own way
+
+
+def test_the_chain_carries_all_parts_but_the_last():
+    recipe = replace(primitives_only(RELEASE), texture_size=16, resolution=4)
+    for seed in range(30):
+        shape = make_shape(seed, recipe)
+        own = [_draw_part(seed, index, recipe) for index in range(len(shape.parts))]
+        assert shape.parts[-1].centre == own[-1].centre and shape.parts[-1].rotation == own[-1].rotation
+        for part, before in zip(shape.parts[:-1], own): assert part.centre != before.centre
+        for part, before in zip(shape.parts, own):
+            assert (part.kind, part.half_extents) == (before.kind, before.half_extents)
+            assert (np.array(before.centre) >= 0).all() and max(before.centre) <= max(before.half_extents)
+            np.testing.assert_allclose(np.array(part.rotation) @ np.array(part.rotation).T, np.eye(3), atol=1e-12)
+        apart = [np.linalg.norm(np.subtract(a.centre, b.centre)) for a, b in zip(shape.parts, shape.parts[1:])]
+        assert all(distance < 20 for distance in apart)
+        for field in ("roughness", "metallic"): assert len(np.unique(getattr(shape.mesh, field))) == 1
+        assert (shape.mesh.albedo == shape.mesh.albedo[0]).all()
 
 
 # ---- things that stand upright

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'PRIMITIVES', 'HEIGHT_FIELD', 'THINGS', 'PAPER', 'RELEASE', 'MIXES', 'COUNT', 'PART', 'HEIGHT', 'FACET',
            'TEXTURE', 'FINISH', 'POSE', 'MIX', 'CUT', 'WIRE', 'CARRY', 'MATERIAL', 'THINNEST', 'CUTTER', 'FRAME',
-           'COARSE', 'LONG', 'TRIES', 'MOST', 'CRUMB', 'CUTTER_CELLS', 'THINNEST_WALL', 'Recipe', 'with_materials',
+           'COARSE', 'LONG', 'TRIES', 'MOST', 'CUTTER_CELLS', 'THINNEST_WALL', 'Recipe', 'with_materials',
            'no_heightfield', 'no_boolean', 'no_wireframe', 'primitives_only', 'mix', 'stream', 'part_count',
            'quarter_turns', 'euler_rotation', 'make_part', 'augmentations', 'Shape', 'make_shape']
 
@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from ..scene.mesh import Mesh
-from .augment import FINENESS, cutter_solid, difference, inside_primitive, points_inside, shrink, stack, wire_lines, wireframe
+from .augment import CRUMB, FINENESS, cutter_solid, difference, inside_primitive, points_inside, shrink, stack, wire_lines, wireframe
 from .captions import NOTCH, TEXTURED, Cut, Part, Surface, Wire, dense_caption, short_caption
 from .describe import describe
 from .heightfield import displace, height_field
@@ -254,12 +254,18 @@ def _draw_surface(seed, index, number, name, recipe, closed=()):
     return replace(surface, pattern=TEXTURED, colours=photo.colours, **maps), photo.albedo, lie
 
 
+def _draw_amplitude(seed, index, number, part, recipe):
+    "The amplitude of a surface's height field, 0 for none, and the generator for its heights."
+    rng = stream(recipe, seed, HEIGHT, index, number)
+    if rng.random() >= recipe.height_field_probability: return 0., rng
+    return float(rng.uniform(0, recipe.height_amplitude * 2 * THINNEST[part.kind] * min(part.half_extents))), rng
+
+
 def _relief(seed, index, number, patch, part, recipe):
     "Perhaps a height field: the patch and the amplitude, 0 for none."
-    rng = stream(recipe, seed, HEIGHT, index, number)
-    if rng.random() >= recipe.height_field_probability: return patch, 0.
-    amplitude = rng.uniform(0, recipe.height_amplitude * 2 * THINNEST[part.kind] * min(part.half_extents))
-    return displace(patch, height_field(rng, patch.positions.shape[:2], amplitude, patch.wraps)), float(amplitude)
+    amplitude, rng = _draw_amplitude(seed, index, number, part, recipe)
+    if not amplitude: return patch, 0.
+    return displace(patch, height_field(rng, patch.positions.shape[:2], amplitude, patch.wraps)), amplitude
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #0c27d70a
 def make_part(
@@ -331,7 +337,7 @@ def _draw_tool(rng, seed, kinds, sizes, unit, recipe):
     return Part(kind, (size,) * 3, (0., 0., 0.), tuple(map(tuple, _draw_rotation(rng, seed, recipe).tolist())), ())
 
 # %% ../../nbs/shapes/04_zeroverse.ipynb #ecd656f1
-TRIES, MOST, CRUMB = 8, 2/3, .02    # cutters to draw; the share of all parts that a cut may take; less of a part than this is swept away
+TRIES, MOST = 8, 2/3                # cutters to draw; the share of all parts that a cut may take
 CUTTER_CELLS = 2/3                  # cells along a cutter's face, of those of a part's: it is smaller
 THINNEST_WALL = .3                  # a wall is at most this share of a part's thinnest half extent
 
@@ -456,8 +462,11 @@ def make_shape(
     surfaces = [surface for part in parts for surface in part.surfaces] + [paint[0] for paint in paints]
     geometry = facet(geometry, [number for number, surface in enumerate(surfaces) if surface.faceted])
     middle, scale = _placement(geometry.positions, recipe.extent)
-    mesh = Mesh(positions=((geometry.positions - middle) * scale).astype(np.float32), normals=geometry.normals.astype(np.float32),
-                uvs=geometry.uvs.astype(np.float32), faces=geometry.faces, material_ids=geometry.patch_ids,
+    positions = ((geometry.positions - middle) * scale).astype(np.float32)
+    a, b, c = np.moveaxis(positions[geometry.faces], 1, 0)
+    sound = (a != b).any(1) & (b != c).any(1) & (c != a).any(1)     # rounding may close a sliver of a cut: both its neighbours on that edge go
+    mesh = Mesh(positions=positions, normals=geometry.normals.astype(np.float32),
+                uvs=geometry.uvs.astype(np.float32), faces=geometry.faces[sound], material_ids=geometry.patch_ids[sound],
                 albedo=np.stack([picture for group in albedo for picture in group] + [paint[1] for paint in paints]),
                 roughness=np.array([surface.roughness for surface in surfaces], np.float32),
                 metallic=np.array([surface.metallic for surface in surfaces], np.float32))
