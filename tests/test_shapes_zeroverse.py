@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import chi2, kstest
 
 from zerolab.data.make import all_around
-from zerolab.shapes.captions import VOCABULARY
+from zerolab.shapes.captions import VOCABULARY, words
 from zerolab.shapes.heightfield import displace, height_field
 from zerolab.shapes.primitives import KINDS, facet, join, move_patch, primitive, random_rotation, scale_patch, weld
 from zerolab.shapes.textures import PATTERNS, make_texture
@@ -200,7 +200,7 @@ def test_every_seed_builds():
         assert set(np.unique(mesh.material_ids)) == set(range(len(mesh.albedo)))
         assert 3 <= len(shape.caption.split()) <= 5
         for sentence in (shape.caption, shape.dense_caption):
-            assert set(sentence.replace(",", "").replace(":", "").split()) <= VOCABULARY
+            assert set(words(sentence)) <= VOCABULARY
 
 
 DIGEST = """

@@ -81,14 +81,14 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 NOUNS = ("box", "cube", "ellipsoid", "sphere", "cylinder", "cone", "torus")
 SIZES, FORMS, FINISHES, WOUNDS = ("large", "medium", "small"), ("long", "flat"), ("bumpy", "faceted"), ("pierced", "hollow", "cut")
 PLACES = ("above", "below", "in front of", "behind", "left of", "right of", "crossing", "near")
-_GLUE = """a about and are as away clearly colour colourful common goes hole in inside is it largest more most no nothing one open of others out part
+_GLUE = """a about an and are as away clearly colour colourful common goes hole in inside is it largest more most no nothing one opens of others out part
 parts piece shape showing slightly smaller smooth surface surfaces tall taller than the there through wide wider whole wire wires with all""".split()
 VOCABULARY = frozenset(NOUNS + COLOURS + PATTERNS + (TEXTURED,) + NUMBERS + SIZES + FORMS + FINISHES + WOUNDS) | frozenset(
     word for place in PLACES for word in place.split()) | frozenset(_GLUE)
 
 
 def words(
-    sentence:str,
+    sentence:str,   # a caption
 ) -> list:      # of str
     "The words of a caption, in lower case and without punctuation."
     return sentence.lower().replace(",", " ").replace(".", " ").split()

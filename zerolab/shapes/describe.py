@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .augment import inside_primitive
-from .captions import CAPTION_VERSION, NOTCH, TEXTURED, Part, dense_caption, short_caption
+from .captions import CAPTION_VERSION, NOTCH, Part
 from .primitives import TUBE, primitive
 
 # %% ../../nbs/shapes/03b_describe.ipynb #8ba5f9ed
@@ -116,11 +116,12 @@ _DIRECTIONS = (("in front of", 0, 1), ("behind", 0, -1), ("right of", 1, 1), ("l
 
 
 def where(
-    centre, low, high,            # [3] each: middle and ends of what is seen of a part
-    centre0, low0, high0,         # [3] each: of the part to which it is compared
+    one:tuple,                    # middle, low and high end, [3] each, of what is seen of a part
+    other:tuple,                  # the same of the part to which it is compared
     overlaps:bool,                # whether the two share some volume
 ) -> str:                         # of `zerolab.shapes.captions.PLACES`
     "How a part lies to another."
+    (centre, low, high), (centre0, low0, high0) = one, other
     best, found = APART, "crossing" if overlaps else "near"
     for name, axis, sign in _DIRECTIONS:
         way = sign * (centre[axis] - centre0[axis])
@@ -193,13 +194,15 @@ def _overlap(samples, one, other):
     return bool((samples.inside[one] & (samples.parts == other)).any() or (samples.inside[other] & (samples.parts == one)).any())
 
 
+def _ends(described): return tuple(described[name] for name in ("centre", "low", "high"))
+
+
 def _compare(samples, part, first):
     "Fill in size and place of a part, which compare it with the first."
     ratio = part["share"] / first["share"]
     part["size"] = "large" if ratio > .6 else "medium" if ratio > .2 else "small"
     if part is first: return
-    ends = [described[name] for described in (part, first) for name in ("centre", "low", "high")]
-    part["place"] = where(*ends, _overlap(samples, part["index"], first["index"]))
+    part["place"] = where(_ends(part), _ends(first), _overlap(samples, part["index"], first["index"]))
 
 # %% ../../nbs/shapes/03b_describe.ipynb #756e2210
 def _colours(shape, samples, painted, total):
@@ -224,7 +227,7 @@ def _describe_wire(shape, samples, first):
     if shape.wire is None: return None
     frame, own = shape.wire.frame, samples.materials == len(shape.mesh.albedo) - 1
     seen = samples.areas[own & samples.seen].sum() / samples.areas[own].sum()
-    place = where(*_extent(samples, own & samples.seen if seen else own), first["centre"], first["low"], first["high"], True)
+    place = where(_extent(samples, own & samples.seen if seen else own), _ends(first), True)
     return dict(kind=frame.kind, paint=_paint(frame.surfaces[0], 1.), place=place, shows=bool(seen >= WIRED))
 
 

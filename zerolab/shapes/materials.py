@@ -71,7 +71,7 @@ def fingerprint(
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/shapes/02a_materials.ipynb #c6ffc862
-TILES = 1.5     # largest step across the wrap, relative to the mean step inside
+TILES = 1.25    # largest mean step across the wrap, relative to the largest inside
 
 
 def _square(image, size):
@@ -94,7 +94,7 @@ def tileable(
     "The picture itself where it tiles; mirrored in the directions in which it does not."
     for axis in range(2):
         lines = picture.swapaxes(0, axis).astype(np.float32)
-        across, inside = np.abs(lines[0] - lines[-1]).mean(), np.abs(np.diff(lines, axis=0)).mean()
+        across, inside = np.abs(lines[0] - lines[-1]).mean(), np.abs(np.diff(lines, axis=0)).mean((1, 2)).max()
         if across > TILES * max(inside, .5): picture = _mirrored(picture, axis)
     return picture
 
@@ -123,7 +123,7 @@ def _mean(maps, kind): return float(np.asarray(_open(maps[kind]).convert("L"), n
 
 def load_material(
     maps:dict,        # {map: path}, see `list_materials`
-    name:str,
+    name:str,         # what to call it
     size:int=128,     # texels of a side, a power of two
 ) -> Material:
     "Read one material."
@@ -137,7 +137,8 @@ def load_material(
 def _checked(folder, expected):
     "The materials of a folder, as a list, if they are those that are expected."
     if (found := fingerprint(folder)) != expected:
-        raise ValueError(f"materials: {folder} has the fingerprint {found}, the recipe expects {expected}: the folder has changed, restore it or make a new recipe")
+        raise ValueError(f"materials: {folder} has the fingerprint {found}, the recipe expects {expected}: "
+                         "the folder has changed, restore it or make a new recipe")
     return list(list_materials(folder).items())
 
 

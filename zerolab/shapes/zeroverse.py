@@ -87,7 +87,7 @@ class Recipe:
         if min(self.wall[0], self.wire_thickness[0], self.cutter_size[0], self.wire_size[0]) == 0:
             raise ValueError("Recipe: wall, wire_thickness, cutter_size and wire_size must be positive")
 
-
+# %% ../../nbs/shapes/04_zeroverse.ipynb #1f9e0a13
 PRIMITIVES = Recipe()
 HEIGHT_FIELD = replace(PRIMITIVES, height_field_probability=.5)
 THINGS = replace(HEIGHT_FIELD, count_weights=(4, 4, 3, 2, 1), half_extents=(.08, 1.6), upright_probability=.5, natural_probability=1.)
