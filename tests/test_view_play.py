@@ -291,7 +291,7 @@ def test_a_person_plays_in_jupyterlab(lab):
         browser.call("Page.navigate", url=lab)
         browser.wait("!!window.jupyterapp && !!document.querySelector('.jp-OutputArea-output img')", 60)
         assert "Error displaying widget" not in browser.evaluate("document.body.innerText"), "the stored page has a picture, not a dead widget"
-        browser.wait("document.querySelector('.jp-Notebook-ExecutionIndicator').dataset.status == 'idle'", 60)
+        browser.wait("[...jupyterapp.shell.widgets('main')][0]?.sessionContext?.session?.kernel?.status == 'idle'", 60)
         browser.evaluate("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 1)")
         browser.wait(f"{CODE} == 'make_shape(18, PAPER)'", 120)
         browser.wait("!!document.querySelector('.zerolab-picture') && window.zerolabTurntable", 30)

@@ -82,7 +82,7 @@ def control(
     if isinstance(value, int): return widgets.IntSlider(min=low, max=high, **look)
     if isinstance(value, float): return widgets.FloatSlider(min=low, max=high, step=step, **look)
     if isinstance(value[0], str): return widgets.SelectMultiple(options=KINDS, rows=len(KINDS), **look)
-    return widgets.FloatRangeSlider(min=low, max=high, step=step, readout_format=".3f" if step < .01 else ".2f", **look)
+    return widgets.FloatRangeSlider(min=low, max=high, step=step, readout_format=".3" if step < .01 else ".2f", **look)
 
 # %% ../../nbs/view/02_play.ipynb #5cf1b07a
 def _shown(name, value):
@@ -428,7 +428,7 @@ def arrange(
     folded["Detail"] += [inputs[name] for name in later_fields()]
     accordion = widgets.Accordion([widgets.VBox(items) for items in folded.values()], titles=list(folded))
     panel = widgets.VBox([controls.names, controls.seed, widgets.HBox([*controls.buttons.values()]), *(inputs[name] for name in FIRST), accordion],
-                         layout=dict(width="23em", min_width="23em"))
+                         layout=dict(width="25em", min_width="25em"))
     left = widgets.VBox([table, widgets.HBox(tools)], layout=dict(margin="0 1em 0 0", overflow="visible"))
     right = widgets.VBox(texts, layout=dict(flex="1 1 16em", min_width="14em"))
     top = widgets.HBox([left, right], layout=dict(flex_flow="row wrap"))
