@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from dataclasses import fields, replace
+from html import escape, unescape
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def settled(desk):
 
 
 def test_every_number_of_a_recipe_has_a_control():
-    without = {"extent", "version"}      # the cameras fit the extent; the version names the code
+    without = {"extent", "version", "materials", "materials_fingerprint"}      # cameras fit the extent; folders are no knobs
     assert {field.name for field in fields(Recipe)} - set(Controls(PAPER, 0, lambda: None).inputs) == without
 
 
@@ -54,7 +55,8 @@ def test_a_recipe_that_is_only_shown_is_not_changed(name):
 @pytest.mark.parametrize("name, value, field", [
     ("count_weights", (9, 9), (0,) * 8 + (1,)), ("height_field_probability", 1., 1.), ("height_amplitude", .5, .5), ("boolean_probability", .25, .25),
     ("exclusive", False, False), ("half_extents", (.5, .75), (.5, .75)), ("wall", (.05, .1), (.05, .1)), ("kinds", ("torus",), ("torus",)),
-    ("cutters", ("cube", "cone"), ("cube", "cone")), ("resolution", 8, 8), ("texture_size", 64, 64), ("roughness", (0., .1), (0., .1)),
+    ("cutters", ("cube", "cone"), ("cube", "cone")), ("resolution", 8, 8), ("texture_size", 64, 64),
+    ("placement", "chain", "chain"), ("one_material", True, True), ("uv_scale", (1., 4.), (1., 4.)), ("roughness", (0., .1), (0., .1)),
     ("metallic_probability", 1., 1.), ("natural_probability", .1 + .2, .3)])
 def test_a_moved_control_changes_its_field_alone_and_the_line_of_code_says_so(name, value, field):
     controls = Controls(PAPER, 0, lambda: None)
@@ -95,10 +97,10 @@ def test_the_shape_shown_is_the_shape_of_the_line(desk):
     desk.controls.inputs["wireframe_probability"].value = .6
     shape = settled(desk)
     line = re.search("<code>(.*?)</code>", desk.text.value)[1]
-    again = eval(line, {**NAMES, "make_shape": make_shape})
+    again = eval(unescape(line), {**NAMES, "make_shape": make_shape})
     assert (again.seed, again.recipe, again.caption) == (11, shape.recipe, shape.caption)
     for name in ("positions", "uvs", "faces", "albedo"): assert getattr(again.mesh, name).tobytes() == getattr(shape.mesh, name).tobytes()
-    assert shape.dense_caption in desk.text.value and f"{len(shape.mesh.faces):,} triangles" in desk.text.value
+    assert escape(shape.dense_caption) in desk.text.value and f"{len(shape.mesh.faces):,} triangles" in desk.text.value
 
 
 def test_a_dragged_slider_builds_the_last_value_and_few_between(desk, monkeypatch):
@@ -120,8 +122,11 @@ def test_an_impossible_recipe_is_said_in_place_and_the_last_shape_stays(desk, ca
     desk.controls.inputs["boolean_probability"].value = .9
     assert (settled(desk), desk.picture.value) == before
     assert "0.9 boolean and 0.2 wireframe are more than 1" in desk.note.value and "reset" in desk.note.value
-    desk.controls.inputs["kinds"].value = ()
+    desk.controls.inputs["materials_probability"].value = .5
     desk.controls.inputs["boolean_probability"].value = .4
+    assert "materials_probability needs a folder" in desk.note.value
+    desk.controls.inputs["materials_probability"].value = 0.
+    desk.controls.inputs["kinds"].value = ()
     assert "kinds () must be some of" in desk.note.value
     desk.controls.press("reset")
     settled(desk)
@@ -293,7 +298,7 @@ def test_a_person_plays_in_jupyterlab(lab):
         assert "Error displaying widget" not in browser.evaluate("document.body.innerText"), "the stored page has a picture, not a dead widget"
         browser.wait("[...jupyterapp.shell.widgets('main')][0]?.sessionContext?.session?.kernel?.status == 'idle'", 60)
         browser.evaluate("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 1)")
-        browser.wait(f"{CODE} == 'make_shape(18, PAPER)'", 120)
+        browser.wait(f"{CODE} == 'make_shape(12, PAPER)'", 120)
         browser.wait("!!document.querySelector('.zerolab-picture') && window.zerolabTurntable", 30)
         browser.evaluate("document.querySelector('.zerolab-turntable').closest('.jp-Cell').scrollIntoView()")
 
@@ -306,16 +311,16 @@ def test_a_person_plays_in_jupyterlab(lab):
         browser.evaluate(f"{slider('height field')}.querySelector('.noUi-handle').focus()")
         for _ in range(5):
             for kind in ("keyDown", "keyUp"): browser.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
-        browser.wait(f"{CODE} == 'make_shape(18, replace(PAPER, height_field_probability=0.55))'")
+        browser.wait(f"{CODE} == 'make_shape(12, replace(PAPER, height_field_probability=0.55))'")
 
         browser.evaluate(f"{button('next')}.click()")
-        browser.wait(f"({CODE}).startsWith('make_shape(19, ')")
+        browser.wait(f"({CODE}).startsWith('make_shape(13, ')")
         browser.evaluate(f"{slider('wireframe')}.querySelector('.noUi-handle').focus()")
         for kind in ("keyDown", "keyUp"): browser.call("Input.dispatchKeyEvent", type=kind, key="End", code="End", windowsVirtualKeyCode=35)
         browser.wait("!!document.querySelector('.zerolab-play .trouble')")
         assert "0.4 boolean and 1.0 wireframe are more than 1" in browser.evaluate("document.querySelector('.zerolab-play .trouble').textContent")
         browser.evaluate(f"{button('reset')}.click()")
-        browser.wait(f"{CODE} == 'make_shape(19, PAPER)' && !document.querySelector('.zerolab-play .trouble')")
+        browser.wait(f"{CODE} == 'make_shape(13, PAPER)' && !document.querySelector('.zerolab-play .trouble')")
         browser.evaluate(f"{button('save GLB')}.click()")
         browser.wait("document.body.innerText.includes('.glb, ')")
         assert "Traceback" not in browser.evaluate("document.body.innerText")
