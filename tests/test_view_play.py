@@ -313,6 +313,11 @@ def test_a_person_plays_in_jupyterlab(lab):
             for kind in ("keyDown", "keyUp"): browser.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
         browser.wait(f"{CODE} == 'make_shape(12, replace(PAPER, height_field_probability=0.55))'")
 
+        browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+        browser.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        browser.evaluate("document.querySelector('.zerolab-play button').click()")
+        browser.wait(f"navigator.clipboard.readText().then(text => text == {CODE})")
+
         browser.evaluate(f"{button('next')}.click()")
         browser.wait(f"({CODE}).startsWith('make_shape(13, ')")
         browser.evaluate(f"{slider('wireframe')}.querySelector('.noUi-handle').focus()")
