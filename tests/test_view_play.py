@@ -133,6 +133,26 @@ def test_an_impossible_recipe_is_said_in_place_and_the_last_shape_stays(desk, ca
     assert desk.note.value == "" and capfd.readouterr() == ("", "")
 
 
+def test_a_message_outlasts_a_build_that_was_under_way(desk, monkeypatch):
+    began, gate = threading.Event(), threading.Event()
+    def slow(seed, recipe):
+        began.set()
+        gate.wait(10)
+        return make_shape(seed, recipe)
+    monkeypatch.setattr(module, "make_shape", slow)
+    desk.controls.press("next")
+    assert began.wait(10)
+    desk.controls.inputs["boolean_probability"].value = .9
+    gate.set()
+    assert settled(desk).seed == 5 and "more than 1" in desk.note.value
+
+
+def test_without_a_first_shape_there_is_nothing_to_play_with(monkeypatch):
+    def broken(seed, recipe): raise ZeroDivisionError
+    monkeypatch.setattr(module, "make_shape", broken)
+    with pytest.raises(RuntimeError, match="seed 3, recipe THINGS"): play(THINGS, 3, size=32, picture_size=8, backend="cpu")
+
+
 def test_an_error_while_building_is_said_and_the_next_shape_is_built(desk, monkeypatch, capfd):
     def broken(seed, recipe): raise ZeroDivisionError("<b>oh</b>")
     with monkeypatch.context() as patch:
@@ -209,7 +229,7 @@ def test_a_full_disk_is_said_in_place(desk, monkeypatch):
     def full(*_): raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     desk.save.click()
-    assert "No space left on device" in desk.note.value
+    assert "No space left on device" in desk.note.value and "slider" not in desk.note.value
 
 
 @pytest.mark.skipif(not find_opengl(), reason="no OpenGL here: apt-get install libosmesa6")

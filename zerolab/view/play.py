@@ -483,24 +483,27 @@ class Play:
 
     def changed(self, _=None):
         "Ask for what the controls show, or say why it cannot be."
-        try: recipe = self.controls.recipe()
-        except ValueError as error:
-            self.studio.worker.drop("build")
-            return self._tell("trouble", error)
-        self.studio.build(self.controls.seed.value, recipe, self.edges.value)
+        if self._impossible(): self.studio.worker.drop("build")
+        else: self.studio.build(self.controls.seed.value, self.controls.recipe(), self.edges.value)
+
+    def _impossible(self):
+        try: self.controls.recipe()
+        except ValueError as error: self._tell("trouble", error)
+        else: return False
+        return True
 
     def _tell(self, what, value):
         if what == "trouble": self.note.value = trouble_html(value)
         if what == "picture": self.picture.value = jpeg(value)
         if what == "sheet": self.sheet.value = jpeg(value)
-        if what == "shape": self.note.value = ""
+        if what == "shape" and not self._impossible(): self.note.value = ""     # a slider may have moved on while it was built
         if what in ("shape", "sheet"): self.text.value = describe_html(self.studio.shape, self.studio.seconds)
 
     def _save(self):
         try: path = self.save_glb()
-        except OSError as error: return self._tell("trouble", ValueError(f"The file was not written: {error}"))
-        where = path.relative_to(root()) if path.is_relative_to(root()) else path
-        self.note.value = f'<div class="zerolab-play">Saved {escape(str(where))}, {path.stat().st_size / 1e6:.1f} MB.</div>'
+        except OSError as error: said = f'<div class="trouble">The file was not written: {escape(str(error))}.</div>'
+        else: said = f"Saved {escape(str(path.relative_to(root()) if path.is_relative_to(root()) else path))}, {path.stat().st_size / 1e6:.1f} MB."
+        self.note.value = f'<div class="zerolab-play">{said}</div>'
 
     def save_glb(self, folder:str|Path|None=None):
         "Write the shape that is shown to a folder, `run_dir()/play` by default, under a name that tells recipes apart."
@@ -529,4 +532,5 @@ def play(
     "Zeroverse under the hand: every number of a recipe, the shape in 3D, and its 32 views."
     shown = Play(recipe, seed, size, picture_size, backend)
     shown.studio.worker.finish()
+    if shown.studio.shape is None: raise RuntimeError(f"play: the first shape could not be made: seed {seed}, recipe {recipe_code(recipe)}")
     return shown
