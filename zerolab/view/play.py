@@ -359,7 +359,7 @@ def describe_html(
     "Captions, counts, times, the line that makes the shape again, and its description in JSON."
     mesh, code = shape.mesh, f"make_shape({shape.seed}, {recipe_code(shape.recipe)})"
     extras = ", one cut" * (shape.cut is not None) + ", one wireframe" * (shape.wire is not None)
-    counts = (f"{len(shape.parts)} part{'s' * (len(shape.parts) > 1)}{extras} · {len(mesh.faces):,} triangles · "
+    counts = (f"{len(shape.parts)} part{'s' * (len(shape.parts) > 1)} drawn{extras} · {len(mesh.faces):,} triangles · "
               f"{len(np.unique(mesh.material_ids))} materials")
     times = " · ".join(f"{what} {1000 * value:.0f} ms" for what, value in seconds.items())
     copy = "navigator.clipboard.writeText(this.parentNode.querySelector('code').innerText)"
