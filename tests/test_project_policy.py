@@ -154,6 +154,16 @@ def test_running_keeps_the_outputs_of_skipped_cells_and_stamps(project):
     assert all(not cell["metadata"] for cell in json.loads(path.read_text())["cells"] if cell["source"] != "print(6 * 7)")
 
 
+def test_a_stored_widget_gives_way_to_its_picture_and_no_state_is_kept(project):
+    live = "application/vnd.jupyter.widget-view+json"
+    show = "from IPython.display import display\nimport ipywidgets\nslider = ipywidgets.IntSlider()\nview = slider._repr_mimebundle_()\n"
+    path = write(project, ["# T\n\n> s", show + "display(view | {'image/png': 'iVBORw0KGgo='}, raw=True)\nslider"], name="lesson.ipynb", stamp=False)
+    policy.execute_notebook(path)
+    book = policy.read_notebook(path, project / "nbs")
+    kinds = [live in output["data"] for output in book.cells[1].outputs]
+    assert kinds == [False, True] and "widgets" not in book.metadata, "without a picture, the site says that a control stands there"
+
+
 def test_a_notebook_that_fails_is_left_as_it_was(project, capsys):
     path = write(project, ["# T\n\n> s", "raise ValueError('no such camera')"], name="lesson.ipynb", stamp=False)
     before = path.read_bytes()

@@ -8,7 +8,8 @@ __all__ = ['NOTEBOOK_BYTES', 'ALL_BYTES', 'HTML_BYTES', 'MACHINE_PATH', 'ANSI', 
            'form_problems', 'output_text', 'output_problems', 'source_problems', 'only_imports', 'import_problems',
            'comment_lines', 'says_all', 'undocumented_parameters', 'documentation_problems', 'heavy_problems',
            'zerolab_imports', 'layer_problems', 'source_hash', 'is_stale', 'notebook_problems', 'check_project',
-           'skipped', 'is_bar', 'execute_notebook', 'clean_notebook', 'chosen_notebooks', 'run_notebooks', 'main']
+           'skipped', 'is_bar', 'without_widget', 'execute_notebook', 'clean_notebook', 'chosen_notebooks',
+           'run_notebooks', 'main']
 
 # %% ../../nbs/dev/01_notebooks.ipynb #ded5ee2d
 import argparse, ast, hashlib, io, json, re, sys, tokenize
@@ -325,6 +326,15 @@ def is_bar(
     return output.get("name") == "stderr" and ("\r" in text or not text.strip())
 
 
+def without_widget(
+    output: dict, # of a cell
+) -> dict: # changed in place
+    "An output without its live widget if a picture is there instead: nothing answers to a widget in a stored notebook."
+    data = output.get("data", {})
+    if any(kind.startswith("image/") for kind in data): data.pop("application/vnd.jupyter.widget-view+json", None)
+    return output
+
+
 def execute_notebook(
     path: Path, # an .ipynb file; replaced by itself with new outputs
     flags: set[str] = frozenset({"slow", "cuda"}), # cells to leave out, their outputs kept
@@ -337,9 +347,10 @@ def execute_notebook(
     book = nbformat.read(path, 4)
     kept = [(cell, cell.outputs) for cell in book.cells if cell.cell_type == "code" and skipped(cell, flags)]
     for cell, _ in kept: cell.metadata["tags"] = cell.metadata.get("tags", []) + ["skip-execution"]
-    NotebookClient(book, kernel_manager_class=LocalKernel, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}, record_timing=False).execute()
+    NotebookClient(book, kernel_manager_class=LocalKernel, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}, record_timing=False,
+                   store_widget_state=False).execute()
     for cell in book.cells:
-        if cell.cell_type == "code": cell.outputs = [output for output in cell.outputs if not is_bar(output)]
+        if cell.cell_type == "code": cell.outputs = [without_widget(output) for output in cell.outputs if not is_bar(output)]
     for cell, outputs in kept:
         cell.outputs = outputs
         cell.metadata.tags.remove("skip-execution")
