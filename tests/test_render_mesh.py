@@ -10,8 +10,8 @@ import pytest
 import torch
 import trimesh
 
-from zerolab.render.light import bake_light, dome_directions, random_environment
-from zerolab.render.mesh import render_mesh, render_views
+from zerolab.render.light import bake_light, dome_directions, expose, random_environment
+from zerolab.render.mesh import PASSES, render_mesh, render_views
 from zerolab.scene.cameras import Cameras, intrinsics, look_at, orbit, random_views
 from zerolab.scene.mesh import Mesh, linear_to_srgb, srgb_to_linear
 
@@ -196,6 +196,51 @@ def test_environment_is_linear_in_its_light():
     one, two = bake_light(mesh, sh=sh, directions=32, resolution=64), bake_light(mesh, sh=2 * sh, directions=32, resolution=64)
     assert np.allclose(2 * one[:, :3], two[:, :3], atol=1e-5) and np.allclose(one[:, 3], two[:, 3])
     assert len(dome_directions(32)) == 16
+
+
+@pytest.mark.parametrize("metallic", [0., 1.])
+def test_exposed_objects_do_not_clip(metallic):
+    "Lobes make a white object clip; exposed, hardly a pixel does in any view, and colours keep their ratios."
+    geometry = trimesh.creation.icosphere(4)
+    mesh = as_mesh(geometry, np.full((1, 4, 4, 3), 255, np.uint8), roughness=.9, metallic=metallic, smooth=True)
+    cameras = random_views(np.random.default_rng(0), 8, size=(48, 48))
+    clipped = lambda light, sh: (lambda rgba: (rgba[rgba[..., 3] == 255][:, :3] == 255).any(-1).mean())(render_mesh(mesh, cameras, light=light, sh=sh).rgba)
+    for seed in range(4):
+        sh = random_environment(np.random.default_rng(seed), ambient=.3)
+        light = bake_light(mesh, sh=sh)
+        darker, sky = expose(mesh, light, sh)
+        factor = sky[0, 0] / sh[0, 0]
+        assert factor < 1 and np.allclose(sky, factor * sh) and np.allclose(darker, light * [factor, factor, factor, 1], atol=1e-6)
+        assert clipped(light, sh) > .05 and clipped(darker, sky) < .02
+
+
+def test_exposure_looks_at_what_is_seen():
+    "White plates hidden inside a dark box do not darken it; a white spark smaller than the share that may clip does not either."
+    box = as_mesh(trimesh.creation.box((1, 1, 1)).subdivide().subdivide().subdivide(), np.stack([np.full((4, 4, 3), level, np.uint8) for level in (60, 255)]))
+    inner = as_mesh(trimesh.creation.box((.5, .5, .5)), box.albedo, material_ids=np.ones(12, np.int32))
+    both = Mesh(positions=np.concatenate([box.positions, inner.positions]), normals=np.concatenate([box.normals, inner.normals]),
+                uvs=np.concatenate([box.uvs, inner.uvs]), faces=np.concatenate([box.faces, inner.faces + len(box.positions)]).astype(np.int32),
+                material_ids=np.concatenate([box.material_ids, inner.material_ids]), albedo=box.albedo, roughness=box.roughness, metallic=box.metallic)
+    sh = np.zeros((9, 3))
+    sh[0] = 3
+    light = bake_light(both, sh=sh)
+    assert np.array_equal(expose(both, light, sh)[0], light)
+    spark = both.material_ids.copy()
+    spark[0] = 1
+    sparked = Mesh(**{**vars(both), "material_ids": spark})
+    assert np.array_equal(expose(sparked, light, sh)[0], light)
+    assert expose(sparked, light, sh, share=1.)[1][0, 0] == pytest.approx(.9, rel=1e-6)
+
+
+@pytest.mark.parametrize("passes", [(), ("depth",), ("normals",), ("material_ids",), ("material_ids", "depth")])
+def test_passes_on_request(passes):
+    mesh, cameras = as_mesh(knot()), orbit([0., 90], size=(40, 56))
+    everything, some = render_mesh(mesh, cameras), render_mesh(mesh, cameras, passes=passes)
+    assert (everything.rgba == some.rgba).all()
+    for name in PASSES:
+        if name in passes: assert (getattr(everything, name) == getattr(some, name)).all()
+        else: assert getattr(some, name) is None
+    with pytest.raises(ValueError, match="no pass 'flow'"): render_mesh(mesh, cameras, passes=(*passes, "flow"))
 
 
 SCRIPT = """

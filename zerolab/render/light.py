@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JIT', 'WHITE_DOME', 'dome_directions', 'sh_radiance', 'random_environment', 'pixel_range', 'edge_steps',
-           'draw_depth_pair', 'lit_share', 'add_pair', 'fill_buried', 'bake_light']
+           'draw_depth_pair', 'lit_share', 'add_pair', 'fill_buried', 'bake_light', 'expose']
 
 # %% ../../nbs/render/00_light.ipynb #dfd9ccd9
 import math
@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import njit
 
-from ..scene.mesh import Mesh
+from ..scene.mesh import Mesh, srgb_to_linear
 
 # %% ../../nbs/render/00_light.ipynb #ff4a3c99
 JIT = dict(cache=True, nogil=True, fastmath=False, error_model="numpy")  # reproducible to the bit: no reassociation, no division checks
@@ -210,3 +210,34 @@ def bake_light(
     light = total[:, :4] / np.maximum(total[:, 4:], 1e-12)
     fill_buried(light, mesh.faces)
     return light.astype(np.float32)
+
+# %% ../../nbs/render/00_light.ipynb #a5f14a0e
+def expose(
+    mesh:Mesh,
+    light:np.ndarray, # [N,4] of `bake_light`
+    sh:np.ndarray, # [9,3] the sky that `light` was baked under
+    *,
+    level:float=0.9, # linear radiance that the bright parts may reach; 1 is where a picture clips
+    share:float=0.99, # share of the visible surface that stays below `level`
+) -> tuple[np.ndarray, np.ndarray]: # `light` and `sh`, darker by one common factor where the object was too bright
+    "Exposure of an object for all of its views: scale its light so that the bright parts do not clip."
+    if not 0 < level <= 1 or not 0 < share <= 1: raise ValueError(f"expose: level is {level}, share is {share}; both need to lie in (0, 1]")
+    corners = mesh.positions[mesh.faces].astype(np.float64)
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    doubled_areas = np.linalg.norm(normals, axis=1)
+    arriving, seen = np.split(light[mesh.faces].mean(1, dtype=np.float64), [3], axis=1)
+    mirrored = sh_radiance(sh, normals / np.maximum(doubled_areas, 1e-30)[:, None]) * seen
+    metallic = mesh.metallic[mesh.material_ids, None]
+    radiance = (_centre_albedo(mesh) * ((1 - metallic) * arriving + metallic * mirrored)).max(1)
+    order = radiance.argsort(kind="stable")
+    below = np.cumsum((doubled_areas * seen[:, 0])[order])
+    bright = radiance[order][min(np.searchsorted(below, share * below[-1]), len(order) - 1)]
+    factor = min(1.0, level / max(bright, 1e-12))
+    return (light * np.float32([factor, factor, factor, 1])).astype(np.float32), np.asarray(sh) * factor
+
+
+def _centre_albedo(mesh):
+    "[M,3] linear albedo of the texel under each triangle's centre."
+    side = mesh.albedo.shape[1]
+    u, v = np.floor(mesh.uvs[mesh.faces].mean(1, dtype=np.float64).T * side).astype(np.int64) % side
+    return srgb_to_linear(np.arange(256) / 255)[mesh.albedo[mesh.material_ids, v, u]]
