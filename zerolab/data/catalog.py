@@ -156,7 +156,7 @@ def _heal_index(shard):
     "Read the index of a shard; if it does not fit, make it again."
     try: load_index(shard)
     except ShardError:
-        index_path(shard).unlink()
+        index_path(shard).unlink(missing_ok=True)
         load_index(shard)
 
 

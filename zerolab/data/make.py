@@ -238,7 +238,13 @@ def _dealt_with(directory) -> list[str]:
     "Names of the blocks that are done: those with a shard, and those that could have none."
     names = {path.stem for path in directory.glob("[0-9]*-[0-9]*.tar")}
     alone = {path.stem for path in directory.glob("[0-9]*-[0-9]*.json")} - names
-    return sorted(names | {name for name in alone if not read_json(directory/f"{name}.json")["objects"]})
+    return sorted(names | {name for name in alone if _none_could_be_made(directory/f"{name}.json")})
+
+
+def _none_could_be_made(path) -> bool:
+    "Whether a manifest says that all of its seeds failed."
+    try: return not read_json(path)["objects"]
+    except ValueError: return False     # damaged: its block is made again
 
 
 def _seeds_of(name) -> range:
@@ -387,8 +393,8 @@ def _watched(attempts, bar, most) -> Iterator[Attempt]:
         failures, streak = failures + bool(attempt.failure), streak + 1 if attempt.failure else 0
         if attempt.failure: bar.set_postfix(failed=failures)
         if streak == most:
-            raise RuntimeError(f"make_zeroverse: {most} objects in a row failed, so it is not the objects; seed {attempt.seed}: "
-                               f"{attempt.failure['kind']}: {attempt.failure['reason']}")
+            raise ValueError(f"make_zeroverse: {most} objects in a row failed, so it is not the objects; seed {attempt.seed}: "
+                             f"{attempt.failure['kind']}: {attempt.failure['reason']}")
         bar.update()
         yield attempt
 
@@ -481,7 +487,7 @@ def _report_failures(catalog, seeds):
     "Say how many of the seeds have failed."
     lost = query(catalog.parent, f"SELECT * FROM failures WHERE seed BETWEEN {seeds[0]} AND {seeds[-1]}")
     if lost: _say(f"{len(lost)} of {len(seeds)} objects failed, seed {lost[0]['seed']} with {lost[0]['kind']}: {lost[0]['reason']}; "
-                  f"all are in {catalog/'failures.parquet'}, retry=\"true\" tries them again")
+                  f"all are in {catalog/'failures.parquet'}, retry=\"true\" or --retry tries them again")
 
 # %% ../../nbs/data/07_make.ipynb #90beb8bd
 def _check_settings(path, settings):
