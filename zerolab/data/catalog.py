@@ -37,11 +37,11 @@ OBJECT_COLUMNS = dict(
 VIEW_COLUMNS = dict(
     view="SMALLINT", distance="FLOAT", azimuth="FLOAT", elevation="FLOAT", coverage="FLOAT", touching="BOOLEAN", border="FLOAT",
     dark="FLOAT", bright="FLOAT", luminance="FLOAT", texture="FLOAT")
-PICTURE_CHECKS = {name: kind for measure in WORST for name, kind in ((measure, "FLOAT"), (f"{measure}_view", "SMALLINT"))} | dict(
-    touching="FLOAT", gap="FLOAT", pictures="VARCHAR")
+PICTURE_CHECKS = {name: kind for measure in WORST for name, kind in ((measure, "DOUBLE"), (f"{measure}_view", "SMALLINT"))} | dict(
+    touching="DOUBLE", gap="DOUBLE", pictures="VARCHAR")
 MESH_COLUMNS = dict(
-    triangles="INTEGER", slivers="INTEGER", places="INTEGER", materials="INTEGER", longest="FLOAT", shortest="FLOAT", off_centre="FLOAT",
-    radius="FLOAT", open_edges="INTEGER", crowded_edges="INTEGER", flipped_edges="INTEGER", complexity="FLOAT")
+    triangles="INTEGER", slivers="INTEGER", places="INTEGER", materials="INTEGER", longest="DOUBLE", shortest="DOUBLE", off_centre="DOUBLE",
+    radius="DOUBLE", open_edges="INTEGER", crowded_edges="INTEGER", flipped_edges="INTEGER", complexity="DOUBLE")
 FAILURE_COLUMNS = dict(seed="BIGINT", kind="VARCHAR", reason="VARCHAR")
 TABLES = ("objects", "views", "checks", "failures")
 
