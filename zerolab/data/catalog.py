@@ -128,10 +128,16 @@ def manifests(
 ) -> dict[Path, dict]: # shard: its manifest, in the order of names; shards that are not there yet, or not any more, are left out
     "What the manifests of a folder say."
     found = {}
-    for path in sorted(Path(directory).glob("*[0-9].json")):
-        shard, manifest = path.with_suffix(".tar"), read_json(path)
+    for shard in _with_rows(directory):
+        if not manifest_path(shard).exists(): continue       # the rows are written first
+        manifest = read_json(manifest_path(shard))
         if shard.exists() or not manifest["objects"]: found[shard] = manifest
     return found
+
+
+def _with_rows(directory) -> list[Path]:
+    "The shards that have rows, whether they are there or not."
+    return [path.with_name(path.name.removesuffix(".rows.gz") + ".tar") for path in sorted(Path(directory).glob("*.rows.gz")) if path.name[0] != "."]
 
 # %% ../../nbs/data/06_catalog.ipynb #1e7a307e
 def shard_problem(
@@ -140,7 +146,7 @@ def shard_problem(
 ) -> str|None:        # what is wrong; None if nothing is
     "Whether a shard, its index and its rows are what was written."
     try: _heal_index(shard)
-    except (ShardError, OSError) as error: return str(error)
+    except ShardError as error: return str(error)
     path = manifest_path(shard)
     if not path.exists():                       # made without a catalog: the index has a checksum for each file
         return _broken_member(shard) if deep else None
@@ -173,9 +179,11 @@ def verify(
 ) -> dict[str, str]:  # shard: what is wrong with it
     "Read every byte of a data set and say which shards are damaged or missing."
     directory, problems = Path(directory), {}
-    for shard in sorted({*directory.glob("[0-9]*.tar"), *(path.with_suffix(".tar") for path in directory.glob("*[0-9].json"))}):
-        missing = not shard.exists() and read_json(manifest_path(shard))["objects"]
-        problem = f"{shard} is missing" if missing else shard_problem(shard, deep=True) if shard.exists() else None
+    for shard in sorted({*(path for path in directory.glob("*.tar") if path.name[0] != "."), *_with_rows(directory)}):
+        try:
+            if shard.exists(): problem = shard_problem(shard, deep=True)
+            else: problem = f"{shard} is missing" if manifest_path(shard).exists() and read_json(manifest_path(shard))["objects"] else None
+        except (OSError, ValueError) as error: problem = str(error)
         if problem: problems[shard.stem] = problem
     return problems
 
@@ -243,7 +251,7 @@ def _rows_view(shards) -> str:
     listed = ", ".join(f"{name}: {_text(kind)}" for name, kind in columns.items())
     if not shards: return "CREATE TABLE rows (" + ", ".join(f'"{name}" {kind}' for name, kind in columns.items()) + ", shard VARCHAR)"
     files = ", ".join(_text(rows_path(shard)) for shard in shards)
-    return f"""CREATE VIEW rows AS SELECT * EXCLUDE (filename), split_part(parse_filename(filename), '.', 1) AS shard
+    return f"""CREATE VIEW rows AS SELECT * EXCLUDE (filename), regexp_replace(parse_filename(filename), '[.]rows[.]gz$', '') AS shard
         FROM read_json([{files}], format='newline_delimited', columns={{{listed}}}, filename=true)"""
 
 

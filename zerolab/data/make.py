@@ -358,7 +358,7 @@ def _fill(directory, cells, blocks_of, attempt, workers, samples_per_shard, watc
 def _sweep(directory, samples_per_shard):
     "Remove what killed jobs left, but nothing of a job that is at work."
     for left_over in [*directory.glob(".making-*"), *directory.glob(".tmp-*-[0-9]*"), *directory.glob(".claim-[0-9]*")]:
-        match = re.search(r"-(\d{8,})(?:$|[-.])", left_over.name)
+        match = re.search(r"-(\d{8,})(?:-\d{8,})?(?:\.[a-z.]+)?$", left_over.name)
         path = _claim_path(directory, int(match[1]), samples_per_shard) if match else None
         if not match or (claim := take_claim(path)) is None: continue
         if left_over.is_dir(): shutil.rmtree(left_over, ignore_errors=True)
