@@ -41,7 +41,7 @@ PICTURE_CHECKS = {name: kind for measure in WORST for name, kind in ((measure, "
     touching="DOUBLE", gap="DOUBLE", pictures="VARCHAR")
 MESH_COLUMNS = dict(
     triangles="INTEGER", slivers="INTEGER", places="INTEGER", materials="INTEGER", longest="DOUBLE", shortest="DOUBLE", off_centre="DOUBLE",
-    radius="DOUBLE", open_edges="INTEGER", crowded_edges="INTEGER", flipped_edges="INTEGER", complexity="DOUBLE")
+    radius="DOUBLE", open_edges="INTEGER", touching_edges="INTEGER", crowded_edges="INTEGER", flipped_edges="INTEGER", complexity="DOUBLE")
 FAILURE_COLUMNS = dict(seed="BIGINT", kind="VARCHAR", reason="VARCHAR")
 TABLES = ("objects", "views", "checks", "failures")
 

@@ -367,7 +367,7 @@ def welded_faces(
 
 def edge_table(
     faces:np.ndarray,  # int [M,3]
-) -> tuple:            # ends int [E,2], triangles of each edge [E], whether its two run the same way [E], the last two of them [E,2]
+) -> tuple:            # ends int [E,2], triangles of each edge [E], whether more of them run one way than the other [E], the last two of them [E,2]
     "The edges of triangles, each once."
     one, other = faces[:, [0, 1, 2]].ravel().astype(np.int64), faces[:, [1, 2, 0]].ravel().astype(np.int64)
     low, high = np.minimum(one, other), np.maximum(one, other)
@@ -377,7 +377,7 @@ def edge_table(
     count = np.diff(first, append=len(low))
     balance, last = np.add.reduceat(sign, first) if len(first) else sign, first + count - 1
     sides = np.stack([order[np.maximum(last - 1, 0)], order[last]], 1)//3
-    return np.stack([low[first], high[first]], 1), count, (count == 2) & (balance != 0), sides
+    return np.stack([low[first], high[first]], 1), count, balance != 0, sides
 
 # %% ../../nbs/data/04_checks.ipynb #3bc69362
 def total_turning(
@@ -386,11 +386,11 @@ def total_turning(
     edges:tuple|None=None, # their `edge_table`, if it is at hand
 ) -> float:                # world units
     "Half the sum over all edges of length times angle between normals; an open edge turns by pi."
-    ends, count, flipped, sides = edges or edge_table(faces)
+    ends, count, unequal, sides = edges or edge_table(faces)
     corners = positions[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
-    one, other = normals[sides[:, 0]], normals[sides[:, 1]]*np.where(flipped, -1, 1)[:, None]
+    one, other = normals[sides[:, 0]], normals[sides[:, 1]]*np.where(unequal & (count == 2), -1, 1)[:, None]
     angle = np.arctan2(np.linalg.norm(np.cross(one, other), axis=1), (one*other).sum(1))  # exact also where it is small
     angle = np.where(count == 1, np.pi, angle)
     return float((np.linalg.norm(positions[ends[:, 0]] - positions[ends[:, 1]], axis=1)*angle).sum()/2)
@@ -429,14 +429,15 @@ def check_mesh(
     positions, faces = welded_faces(mesh)
     low, high = mesh.bounds.astype(np.float64)
     edges = edge_table(faces)
-    _, count, flipped, _ = edges
+    _, count, unequal, _ = edges
     return dict(triangles=len(mesh.faces), slivers=len(mesh.faces) - len(faces), places=len(positions), materials=len(mesh.albedo),
                 longest=float((high - low).max()), shortest=float((high - low).min()), off_centre=float(np.abs(low + high).max()/2),
-                radius=mesh.radius, open_edges=int((count == 1).sum()), crowded_edges=int((count > 2).sum()),
-                flipped_edges=int(flipped.sum()), complexity=total_turning(positions, faces, edges)/_hull_of(positions, mesh))
+                radius=mesh.radius, open_edges=int((count == 1).sum()), touching_edges=int(((count > 2) & ~unequal).sum()),
+                crowded_edges=int(((count > 2) & unequal).sum()), flipped_edges=int(((count == 2) & unequal).sum()),
+                complexity=total_turning(positions, faces, edges)/_hull_of(positions, mesh))
 
 
 MESH_CHECKS = (
     Check("triangles", "too many triangles", high=500_000), Check("longest", "it is not scaled to Zeroverse's 1.8", low=1.79, high=1.81),
     Check("shortest", "it is flat", low=0.01), Check("off_centre", "it is not centred", high=0.01), Check("open_edges", "it has holes", high=0),
-    Check("crowded_edges", "surfaces touch along an edge", high=0), Check("flipped_edges", "its triangles disagree on what is outside", high=0))
+    Check("crowded_edges", "an edge belongs to no solid", high=0), Check("flipped_edges", "its triangles disagree on what is outside", high=0))
