@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from zerolab.data import catalog
-from zerolab.data.catalog import (CHECKS, MESH_CHECKS, TABLES, VIEW_COLUMNS, checked_rows, finalize, manifest_path, manifests, measure_shards, object_row, query,
-                                  read_rows, rows_path, sha256, shard_problem, verify, write_manifest)
-from zerolab.data.checks import check_dataset, checks_page, judge, measure_views
+from zerolab.data.catalog import (MESH_COLUMNS, TABLES, VIEW_COLUMNS, checked_rows, finalize, manifest_path, manifests, measure_shards, object_row,
+                                  query, read_rows, rows_path, sha256, shard_problem, verify, write_manifest)
+from zerolab.data.checks import CHECKS, MESH_CHECKS, check_dataset, checks_page, judge, measure_views
 from zerolab.data.shards import ShardDataset, ShardError, write_shards
 from zerolab.scene.cameras import random_views
 from zerolab.scene.views import Views
@@ -24,7 +23,8 @@ def speckled(seed, size=16, views=V, **more):
     rgba = rng.integers(40, 220, (views, size, size, 4), dtype=np.uint8)
     rgba[..., 3] = 255
     rgba[:, :3] = rgba[:, -3:] = rgba[:, :, :3] = rgba[:, :, -3:] = 0
-    return Views(torch.from_numpy(rgba), random_views(rng, views, size=(size, size)), **{**dict(caption=f"speckles '{seed}'", source="test", seed=seed), **more})
+    about = dict(caption=f"speckles '{seed}'", source="test", seed=seed) | more
+    return Views(torch.from_numpy(rgba), random_views(rng, views, size=(size, size)), **about)
 
 
 @pytest.fixture
@@ -56,7 +56,8 @@ def test_the_tables_are_what_the_pictures_say(folder):
     objects = query(folder, "FROM objects")
     assert [row["shard"] for row in objects] == ["000000", "000000", "000001", "000001", "000002"]
     assert [(row["caption"], row["views"], row["height"]) for row in objects] == [(views.caption, V, 16) for views in dataset]
-    assert [row["bytes"] for row in objects] == [int(index.images[index.first[i]:index.first[i + 1], :, 1].sum()) for index in dataset.indexes for i in range(len(index))]
+    lengths = [index.images[index.first[i]:index.first[i + 1], :, 1] for index in dataset.indexes for i in range(len(index))]
+    assert [row["bytes"] for row in objects] == [int(each.sum()) for each in lengths]
     assert [row["copies"] for row in query(folder, "FROM checks")] == [1, 2, 1, 2, 1] and query(folder, "FROM checks")[3]["copy_of"] == 1
     assert query(folder, "FROM failures") == [] and objects[0]["triangles"] is None
 
@@ -67,10 +68,12 @@ def test_bad_is_what_judge_says(folder):
     for row, other in zip(rows, measured): assert bool(row["bad"]) == other["bad"]
     random = np.random.default_rng(0)
     for name in [check.name for check in (*CHECKS, *MESH_CHECKS)]: assert name in rows[0], name
-    faults = [dict(seed=k, source="s", key=k, checks={check.name: float(random.choice([check.low, check.high, 1, 0]).clip(-9, 9e5)) for check in (*CHECKS, *MESH_CHECKS)}
-                   | dict(pictures=str(k)), pictures=[]) for k in range(30)]
-    for row in faults: row["checks"].pop("copies"), row["checks"].update({name: int(row["checks"][name]) for name, kind in catalog.MESH_COLUMNS.items() if kind == "INTEGER" and name in row["checks"]})
-    write_manifest(folder/"9.tar", None, [], [])
+    def drawn(check):
+        "A value beyond, on or within the limits of a check."
+        value = float(random.choice([check.low, check.high, 1, 0]).clip(-9, 9e5))
+        return int(value) if MESH_COLUMNS.get(check.name) == "INTEGER" else value
+    limited = [check for check in (*CHECKS, *MESH_CHECKS) if check.name != "copies"]
+    faults = [dict(seed=k, source="s", key=k, checks={check.name: drawn(check) for check in limited} | dict(pictures=str(k)), pictures=[]) for k in range(30)]
     (folder/"9.tar").write_bytes(b"x")
     write_manifest(folder/"9.tar", folder/"9.tar", faults)
     finalize(folder)
@@ -83,7 +86,8 @@ def test_any_order_of_work_gives_the_same_tables(folder, tmp_path):
     before = contents(folder/"catalog")
     assert sorted(before) == ["catalog.json", *sorted(f"{name}.parquet" for name in TABLES)]
     stamp = json.loads(before["catalog.json"])
-    assert stamp["tables"] == {name: sha256(folder/"catalog"/f"{name}.parquet") for name in TABLES} and (stamp["shards"], stamp["objects"], stamp["failures"]) == (3, 5, 0)
+    assert stamp["tables"] == {name: sha256(folder/"catalog"/f"{name}.parquet") for name in TABLES}
+    assert (stamp["shards"], stamp["objects"], stamp["failures"]) == (3, 5, 0)
     for order in ([2, 0, 1], [1, 2, 0]):
         other = tmp_path/str(order)
         other.mkdir()
@@ -116,8 +120,8 @@ def test_names_with_quotes_and_strange_captions(tmp_path):
 
 
 def test_rows_survive_the_way_to_the_table(tmp_path):
-    row = object_row(speckled(7), [(10, 1), (20, 2)], dict(triangles=12, complexity=np.float64(1.23456789)), key=7, cut=True, parts=np.int64(3), exposure=float("nan"),
-                     description=dict(parts=[dict(kind="cube")], note="it's"))
+    mesh, description = dict(triangles=12, complexity=np.float64(1.23456789)), dict(parts=[dict(kind="cube")], note="it's")
+    row = object_row(speckled(7), [(10, 1), (20, 2)], mesh, key=7, cut=True, parts=np.int64(3), exposure=float("nan"), description=description)
     json.dumps(row, allow_nan=False)
     assert row["exposure"] is None and row["bytes"] == 30 and row["checks"]["complexity"] == 1.23457 and list(row["pictures"][0]) == list(VIEW_COLUMNS)
     (tmp_path/"0.tar").write_bytes(b"x")
@@ -126,7 +130,8 @@ def test_rows_survive_the_way_to_the_table(tmp_path):
     finalize(tmp_path)
     stored = query(tmp_path, "SELECT *, json_extract_string(description, '$.parts[0].kind') AS kind FROM objects")[0]
     assert (stored["cut"], stored["parts"], stored["triangles"], stored["kind"], stored["exposure"]) == (True, 3, 12, "cube", None)
-    assert object_row(speckled(7), [(20, 2), (10, 1)], key=7)["checks"]["pictures"] == row["checks"]["pictures"] != object_row(speckled(7), [(20, 2)], key=7)["checks"]["pictures"]
+    def name(files): return object_row(speckled(7), files, key=7)["checks"]["pictures"]
+    assert name([(20, 2), (10, 1)]) == row["checks"]["pictures"] != name([(20, 2)])
 
 
 def test_large_pictures_are_sampled_closely_enough():
@@ -137,7 +142,8 @@ def test_large_pictures_are_sampled_closely_enough():
     rgba[..., :3][rgba[..., 3] == 0] = 0
     views = Views(torch.from_numpy(rgba), random_views(np.random.default_rng(0), 2, size=(256, 256)))
     row, exact = object_row(views, [], key=0), measure_views(views)
-    assert row["pictures"][0]["coverage"] == pytest.approx(exact["coverage"][0], rel=0.02) and row["pictures"][1]["texture"] == pytest.approx(exact["texture"][1], rel=0.1)
+    assert row["pictures"][0]["coverage"] == pytest.approx(exact["coverage"][0], rel=0.02)
+    assert row["pictures"][1]["texture"] == pytest.approx(exact["texture"][1], rel=0.1)
 
 
 def test_the_page_comes_from_the_catalog(folder, tmp_path):

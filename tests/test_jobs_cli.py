@@ -70,7 +70,8 @@ def test_bad_input_is_one_line(project, capsys, arguments, said):
     assert said in err and err.startswith("zerolab: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["rnu"], ["run"], ["run", "train", "-p", "steps"], ["make", "d", "--objects", "0"], ["make", "d"], ["make", "d", "--objects", "1", "--part", "4/3"], ["data"]])
+@pytest.mark.parametrize("arguments", [[], ["rnu"], ["run"], ["run", "train", "-p", "steps"], ["make", "d", "--objects", "0"], ["make", "d"], ["data"],
+                                       ["make", "d", "--objects", "1", "--part", "4/3"]])
 def test_bad_grammar_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped: cli.main(arguments)
     assert stopped.value.code == 2 and "zerolab" in capsys.readouterr().err
