@@ -243,7 +243,7 @@ def test_a_data_set_from_before_the_catalog_goes_on(whole, tmp_path):
     folder = tmp_path/"d"
     folder.mkdir()
     for path in sorted(whole.glob("*.tar"))[:2]: (folder/path.name).write_bytes(path.read_bytes())
-    settings = {name: value for name, value in json.loads((whole/"dataset.json").read_text()).items() if name not in ("light", "samples_per_shard")}
+    settings = {name: value for name, value in json.loads((whole/"dataset.json").read_text()).items() if name not in ("light", "passes", "samples_per_shard")}
     (folder/"dataset.json").write_text(json.dumps(settings))
     dates = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     make_zeroverse(folder, range(12), **SMALL)
@@ -255,11 +255,13 @@ def test_a_data_set_from_before_the_catalog_goes_on(whole, tmp_path):
 
 def test_light_and_facts_in_the_catalog(tmp_path):
     job = partial(make_zeroverse, seeds=range(4), **{**SMALL, "recipe": zeroverse.PAPER, "size": 48})
-    dome, sky = job(tmp_path/"dome"), job(tmp_path/"sky", light="environment")
+    dome, sky = job(tmp_path/"dome"), job(tmp_path/"sky", light="environment", passes=("normals", "depth"))
+    assert set(ShardDataset(sky).passes(0, [1])) == {"depth", "normals"} and ShardDataset(dome).passes(0, [1]) == {}
     rows = query(sky, "SELECT * FROM objects JOIN checks USING (key, seed, triangles, materials)")
     for row, views in zip(rows, ShardDataset(sky)):
         shape = zeroverse.make_shape(row["seed"], zeroverse.PAPER)
-        assert (row["caption"], row["dense_caption"]) == (shape.caption, shape.dense_caption)
+        assert (row["caption"], row["dense_caption"], json.loads(row["description"])) == (
+            shape.caption, shape.dense_caption, json.loads(json.dumps(shape.description)))
         assert (row["triangles"], row["materials"]) == (len(shape.mesh.faces), len(shape.mesh.albedo))
         assert (row["cut"], row["wire"], row["recipe"], row["light"]) == (shape.cut is not None, shape.wire is not None, "PAPER", "environment")
         assert row["parts"] == sum(part.removed < 1 for part in shape.parts) and 0 < row["exposure"] <= 1 and row["bright"] < 0.05

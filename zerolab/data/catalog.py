@@ -294,7 +294,8 @@ def _is_up_to_date(catalog, stamp) -> bool:
     try: tables = read_json(catalog/"catalog.json")
     except (OSError, ValueError): return False
     files = {name: catalog/f"{name}.parquet" for name in TABLES}
-    return {**tables, "tables": None} == {**stamp, "tables": None} and all(path.exists() and sha256(path) == tables["tables"][name] for name, path in files.items())
+    if {**tables, "tables": None} != {**stamp, "tables": None}: return False
+    return all(path.exists() and sha256(path) == tables["tables"][name] for name, path in files.items())
 
 
 def _write_tables(catalog, known, stamp):

@@ -32,15 +32,17 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from .catalog import claimed, claimed_by, finalize, manifest_path, object_row, query, read_rows, release_claim, shard_problem, take_claim, write_manifest
 from .checks import check_mesh
-from .shards import EXTENSIONS, encode_sample, index_path, write_shard
+from .shards import EXTENSIONS, PASSES, encode_sample, index_path, write_shard
 from ..render.light import WHITE_DOME, bake_light, expose, random_environment
-from ..render.mesh import render_views
+from ..render.mesh import render_mesh
 from ..scene.cameras import Cameras, gso_inputs, random_views
 from ..scene.paths import read_json, write_json
+from ..scene.views import Views
 from ..shapes import zeroverse
 
 # %% ../../nbs/data/07_make.ipynb #dd039f33
@@ -93,13 +95,15 @@ def make_sample(
     image_format:str="webp",     # see `encode_view`
     light:str="dome",            # one of `LIGHTS`
     light_resolution:int=256,    # pixels a side of the depth maps of `bake_light`
+    passes:tuple=(),             # what is stored beside colour: some of `PASSES`
 ) -> tuple[dict, dict]:          # the files of the sample, see `encode_sample`; its row, see `object_row`
     "Build, render, encode and measure one object."
     shape = zeroverse.make_shape(seed, recipe)
     baked, sky, exposure = light_object(shape.mesh, light, np.random.default_rng([camera_seed, seed, 1]), light_resolution)
-    views = render_views(shape.mesh, cameras(np.random.default_rng([camera_seed, seed]), (size, size)), supersample=supersample, light=baked, sh=sky,
-                         caption=shape.caption, source=f"zeroverse {zeroverse.VERSION}", seed=seed)
-    files = encode_sample(views, seed, image_format)
+    placed = cameras(np.random.default_rng([camera_seed, seed]), (size, size))
+    render = render_mesh(shape.mesh, placed, supersample=supersample, light=baked, sh=sky, passes=passes)
+    views = Views(torch.from_numpy(render.rgba), placed, caption=shape.caption, source=f"zeroverse {zeroverse.VERSION}", seed=seed)
+    files = encode_sample(views, seed, image_format, {name: getattr(render, name) for name in passes})
     pictures = [(len(data), zlib.crc32(data)) for name, data in files.items() if not name.endswith(".json")]
     return files, object_row(views, pictures, check_mesh(shape), key=seed, light=light, exposure=exposure, **shape_facts(shape))
 
@@ -110,7 +114,7 @@ def shape_facts(
     "What the catalog says about how a shape was made."
     left = [part for part in shape.parts if part.removed < 1]
     named = (name for name, recipe in vars(zeroverse).items() if isinstance(recipe, zeroverse.Recipe) and recipe == shape.recipe)
-    return dict(recipe=next(named, "custom"), version=shape.recipe.version, dense_caption=shape.dense_caption, parts=len(left),
+    return dict(recipe=next(named, "custom"), version=shape.recipe.version, dense_caption=shape.dense_caption, description=shape.description, parts=len(left),
                 surfaces=sum(len(part.surfaces) for part in left), cut=shape.cut is not None, hollow=any(part.hollow for part in left),
                 wire=shape.wire is not None)
 
@@ -427,6 +431,7 @@ def make_zeroverse(
     image_format:str="webp",       # see `encode_view`
     light:str="dome",              # one of `LIGHTS`
     light_resolution:int=256,      # of `bake_light`; 128 is as good for pictures of 64 px, and faster
+    passes:tuple=(),               # what is stored beside colour: some of `PASSES`
     samples_per_shard:int=256,     # objects in one file: what a killed run loses at most
     retry:str|None=None,           # SQL condition on the table of failures, such as "kind = 'MemoryError'": these are tried again
     verify:bool=False,             # read every byte of the shards that are there, and make the damaged ones again
@@ -435,12 +440,13 @@ def make_zeroverse(
     "Build and render a range of seeds into shards with a catalog; goes on where an earlier call stopped, beside others that run."
     if not isinstance(seeds, range) or seeds.step != 1 or not len(seeds) or seeds[0] < 0:
         raise ValueError(f"make_zeroverse: seeds is {seeds!r}, need a range of numbers from 0 up, such as range(4000)")
-    for name, value, known in (("image_format", image_format, EXTENSIONS), ("light", light, LIGHTS)):
+    for name, value, known in (("image_format", image_format, EXTENSIONS), ("light", light, LIGHTS), *(("passes", name, PASSES) for name in passes)):
         if value not in known: raise ValueError(f"make_zeroverse: {name} is {value!r}, need one of {', '.join(known)}")
     if workers < 1 or samples_per_shard < 1:
         raise ValueError(f"make_zeroverse: workers is {workers}, samples_per_shard is {samples_per_shard}; both need to be 1 or more")
     recipe, cameras, directory = recipe or zeroverse.PRIMITIVES, cameras or partial(all_around, views=views), Path(directory)
-    settings = dict(size=size, supersample=supersample, camera_seed=camera_seed, image_format=image_format, light=light, light_resolution=light_resolution)
+    settings = dict(size=size, supersample=supersample, camera_seed=camera_seed, image_format=image_format, light=light,
+                    light_resolution=light_resolution, passes=tuple(name for name in PASSES if name in passes))
     noted = dict(version=zeroverse.VERSION, recipe=recipe, cameras=_describe(cameras), **settings, samples_per_shard=samples_per_shard)
     attempt = partial(attempt_sample, recipe=recipe, cameras=cameras, **settings)
     try:
@@ -462,11 +468,11 @@ def _make_missing(directory, seeds, samples_per_shard, attempt, workers, chosen,
     "Make what no other job makes, then wait for these, until nothing is missing."
     def blocks_of(cell):
         return _mends(directory, cell, chosen) + [Block(block, list(block)) for block in missing_blocks(directory, cell, samples_per_shard)]
-    todo = {seed//samples_per_shard for block in missing_blocks(directory, seeds, samples_per_shard) for seed in block} | {seed//samples_per_shard for seed in chosen}
-    cells = [cell for cell in _cells(seeds, samples_per_shard) if cell[0]//samples_per_shard in todo]
-    missing, told = sum(map(len, missing_blocks(directory, seeds, samples_per_shard))) + len(chosen), False
-    most = ALL_FAIL if not chosen else None
-    with tqdm(total=len(seeds), initial=len(seeds) - missing, unit="object", smoothing=0.05, disable=not progress) as bar:
+    todo = chosen.union(*missing_blocks(directory, seeds, samples_per_shard))
+    starts = {seed//samples_per_shard for seed in todo}
+    cells = [cell for cell in _cells(seeds, samples_per_shard) if cell[0]//samples_per_shard in starts]
+    most, told = None if chosen else ALL_FAIL, False
+    with tqdm(total=len(seeds), initial=len(seeds) - len(todo), unit="object", smoothing=0.05, disable=not progress) as bar:
         while cells:
             cells = _fill(directory, cells, blocks_of, attempt, workers, samples_per_shard, partial(_watched, bar=bar, most=most))
             if cells and not told:
@@ -499,7 +505,7 @@ def _check_settings(path, settings):
     if not path.exists():
         write_json(path, settings)
         return
-    before = {"light": "dome", "samples_per_shard": settings.get("samples_per_shard")} | read_json(path)       # settings newer than the file
+    before = {"light": "dome", "passes": [], "samples_per_shard": settings.get("samples_per_shard")} | read_json(path)       # settings newer than the file
     before |= {name: fields | before[name] for name, fields in defaults.items() if isinstance(before.get(name), dict)}   # fields newer than the file
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:

@@ -58,8 +58,8 @@ def make_command(
     seeds = part_of(range(options.seed, options.seed + options.objects), *options.part, options.samples_per_shard)
     if not seeds: raise ValueError(f"there is nothing in that part: {options.objects} objects are fewer shards than there are parts")
     make_zeroverse(options.directory, seeds, _recipe(options.recipe), views=options.views, size=options.size, workers=options.workers,
-                   image_format=options.format, light=options.light, light_resolution=options.light_resolution, supersample=options.supersample,
-                   camera_seed=options.camera_seed, samples_per_shard=options.samples_per_shard, retry=options.retry, verify=options.verify)
+                   image_format=options.format, light=options.light, light_resolution=options.light_resolution, passes=tuple(options.passes),
+                   supersample=options.supersample, camera_seed=options.camera_seed, samples_per_shard=options.samples_per_shard, retry=options.retry, verify=options.verify)
     failed = query(options.directory, f"SELECT count(*) AS n FROM failures WHERE seed BETWEEN {seeds[0]} AND {seeds[-1]}")[0]["n"]
     print(f"zerolab: {len(seeds) - failed} objects with {options.views} views each in {options.directory}")
     return 1 if failed else 0
@@ -71,6 +71,7 @@ def _recipe(name:str):
     if name.lower() not in recipes: raise ValueError(f"no recipe {name!r}: choose one of {', '.join(recipes)}")
     return recipes[name.lower()]
 
+# %% ../../nbs/jobs/04_cli.ipynb #7a5bb555
 def data_command(
     options, # parsed arguments
 ) -> int: # exit code
@@ -138,23 +139,27 @@ def _add_run(verbs):
     add.add_argument("--quiet", action="store_true", help="do not show what the cells print (log.txt has it)")
     add.set_defaults(command=run_command)
 
+# %% ../../nbs/jobs/04_cli.ipynb #d1f96481
 def _add_data(verbs):
     add = verbs.add_parser("make", help="build a Zeroverse data set", description=make_command.__doc__)
     add.add_argument("directory", type=Path, metavar="DIR", help="where the shards go; a run that was stopped goes on there")
     add.add_argument("--objects", type=_positive, required=True, metavar="N", help="how many shapes")
     add.add_argument("--recipe", default="paper", help="how shapes are composed (default: %(default)s)")
     add.add_argument("--seed", type=int, default=0, help="seed of the first shape (default: %(default)s)")
-    add.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="only the I-th of N parts, cut between shards: for machines without a common folder")
+    add.add_argument("--part", type=_part, default=(0, 1), metavar="I/N",
+                     help="only the I-th of N parts, cut between shards: for machines without a common folder")
     add.add_argument("--views", type=_positive, default=32, help="pictures of each shape (default: %(default)s)")
     add.add_argument("--size", type=_positive, default=512, metavar="PIXELS", help="height and width of a picture (default: %(default)s)")
     add.add_argument("--format", default="jpeg", help="webp (lossless) or jpeg, with a PNG mask (default: %(default)s)")
     add.add_argument("--light", default="dome", help="dome (white), or environment: a random sky for each shape (default: %(default)s)")
     add.add_argument("--light-resolution", type=_positive, default=256, metavar="PIXELS", help="of the shadows (default: %(default)s)")
+    add.add_argument("--passes", nargs="+", default=(), metavar="PASS", help="store depth, normals or both beside the pictures")
     add.add_argument("--supersample", type=_positive, default=2, metavar="N", help="samples on each side of a pixel (default: %(default)s)")
     add.add_argument("--camera-seed", type=int, default=0, help="other cameras and skies for the same shapes (default: %(default)s)")
     add.add_argument("--samples-per-shard", type=_positive, default=256, metavar="N", help="shapes in one file (default: %(default)s)")
     add.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: one for each core, here %(default)s)")
-    add.add_argument("--retry", nargs="?", const="true", metavar="SQL", help="try failed shapes again: all, or those that meet a condition such as \"kind = 'MemoryError'\"")
+    add.add_argument("--retry", nargs="?", const="true", metavar="SQL",
+                     help="try failed shapes again: all, or those that meet a condition such as \"kind = 'MemoryError'\"")
     add.add_argument("--verify", action="store_true", help="read every byte that is there, and make damaged shards again")
     add.set_defaults(command=make_command)
     add = verbs.add_parser("data", help="ask what a data set holds", description=data_command.__doc__)
