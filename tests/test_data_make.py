@@ -296,6 +296,20 @@ def test_the_command_makes_the_same_as_the_function(tmp_path):
     assert files(tmp_path/"d") == files(make_zeroverse(tmp_path/"e", range(12), **{**SMALL, "recipe": zeroverse.PRIMITIVES}))
 
 
+def test_a_folder_of_materials_may_lie_elsewhere(tmp_path):
+    "On another machine of a fleet; what it holds is what counts."
+    from PIL import Image
+    def photos(name, red):
+        (tmp_path/name/"wood").mkdir(parents=True)
+        Image.new("RGB", (8, 8), (red, 60, 30)).save(tmp_path/name/"wood/basecolor.png")
+        return {**SMALL, "recipe": zeroverse.with_materials(PLAIN, tmp_path/name)}
+    here, there, other = photos("here", 90), photos("there", 90), photos("other", 91)
+    make_zeroverse(tmp_path/"d", range(3), **here)
+    make_zeroverse(tmp_path/"d", range(6), **there)
+    assert files(tmp_path/"d") == files(make_zeroverse(tmp_path/"e", range(6), **here))
+    with pytest.raises(ValueError, match="was made with recipe"): make_zeroverse(tmp_path/"d", range(9), **other)
+
+
 def test_claims(tmp_path):
     path = tmp_path/".claim"
     process = forked(lambda path: (take_claim(path), time.sleep(3600)), path)

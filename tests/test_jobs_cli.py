@@ -104,6 +104,12 @@ def test_make_and_download_pass_on_what_they_were_told(monkeypatch, tmp_path, ca
         passes=("depth", "normals"),
         retry="seed < 9", verify=True))
     assert cli.main([*make, "--retry"]) == 1 and calls.pop()[1]["retry"] == "true"
+    (tmp_path / "photos/wood").mkdir(parents=True)
+    from PIL import Image
+    Image.new("RGB", (8, 8), (90, 60, 30)).save(tmp_path / "photos/wood/basecolor.png")
+    assert cli.main([*make, "--materials", str(tmp_path / "photos"), "--materials-probability", "0.5"]) == 1
+    recipe = calls.pop()[0][2]
+    assert (recipe.materials, recipe.materials_probability, recipe.boolean_probability) == (str(tmp_path / "photos"), 0.5, PAPER.boolean_probability)
     assert cli.main([*make, "--part", "2/3"]) == 2 and "there is nothing in that part" in capsys.readouterr().err
     assert cli.main([*make, "--recipe", "nothing"]) == 2 and "choose one of " in capsys.readouterr().err
     (tmp_path / "names").write_text("cup\nplate\n")

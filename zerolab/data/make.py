@@ -501,6 +501,8 @@ def _check_settings(path, settings):
     defaults = {name: type(value)() for name, value in settings.items() if is_dataclass(value)}
     settings, defaults = (json.loads(json.dumps(values, default=lambda value: asdict(value) if is_dataclass(value) else str(value)))
                           for values in (settings, defaults))
+    for recipe in (settings.get("recipe"), defaults.get("recipe")):
+        if recipe: recipe["materials"] = ""       # known by its fingerprint: the folder may lie elsewhere on another machine
     for left_over in path.parent.glob(f".tmp-*-{path.name}"): left_over.unlink()
     if not path.exists():
         write_json(path, settings)

@@ -55,11 +55,15 @@ def make_command(
     "Build a Zeroverse data set: procedural shapes, rendered, in shards with a catalog. The same command goes on where it stopped, beside others that run."
     from zerolab.data.catalog import query
     from zerolab.data.make import make_zeroverse, part_of
+    from zerolab.shapes.zeroverse import with_materials
     seeds = part_of(range(options.seed, options.seed + options.objects), *options.part, options.samples_per_shard)
     if not seeds: raise ValueError(f"there is nothing in that part: {options.objects} objects are fewer shards than there are parts")
-    make_zeroverse(options.directory, seeds, _recipe(options.recipe), views=options.views, size=options.size, workers=options.workers,
+    recipe = _recipe(options.recipe)
+    if options.materials: recipe = with_materials(recipe, options.materials, options.materials_probability)
+    make_zeroverse(options.directory, seeds, recipe, views=options.views, size=options.size, workers=options.workers,
                    image_format=options.format, light=options.light, light_resolution=options.light_resolution, passes=tuple(options.passes),
-                   supersample=options.supersample, camera_seed=options.camera_seed, samples_per_shard=options.samples_per_shard, retry=options.retry, verify=options.verify)
+                   supersample=options.supersample, camera_seed=options.camera_seed, samples_per_shard=options.samples_per_shard,
+                   retry=options.retry, verify=options.verify)
     failed = query(options.directory, f"SELECT count(*) AS n FROM failures WHERE seed BETWEEN {seeds[0]} AND {seeds[-1]}")[0]["n"]
     print(f"zerolab: {len(seeds) - failed} objects with {options.views} views each in {options.directory}")
     return 1 if failed else 0
@@ -145,6 +149,8 @@ def _add_data(verbs):
     add.add_argument("directory", type=Path, metavar="DIR", help="where the shards go; a run that was stopped goes on there")
     add.add_argument("--objects", type=_positive, required=True, metavar="N", help="how many shapes")
     add.add_argument("--recipe", default="paper", help="how shapes are composed (default: %(default)s)")
+    add.add_argument("--materials", type=Path, metavar="FOLDER", help="photographed materials, such as MatSynth, for the surfaces")
+    add.add_argument("--materials-probability", type=float, default=1., metavar="P", help="of a surface being photographed (default: %(default)s)")
     add.add_argument("--seed", type=int, default=0, help="seed of the first shape (default: %(default)s)")
     add.add_argument("--part", type=_part, default=(0, 1), metavar="I/N",
                      help="only the I-th of N parts, cut between shards: for machines without a common folder")
