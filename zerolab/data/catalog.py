@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -197,8 +197,9 @@ def take_claim(
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.stat(path).st_ino == os.fstat(claim).st_ino:
-                os.ftruncate(claim, 0)
-                os.write(claim, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                with suppress(OSError):      # a full disk: the lock holds without a word in the file
+                    os.ftruncate(claim, 0)
+                    os.write(claim, f"process {os.getpid()} on {socket.gethostname()}".encode())
                 return claim
         except BlockingIOError:
             os.close(claim)
@@ -221,12 +222,14 @@ def release_claim(
 
 @contextmanager
 def claimed(
-    path:Path,   # the file
-) -> Iterator:
-    "Hold a claim, which is waited for."
-    while (claim := take_claim(path)) is None: time.sleep(0.1)
-    try: yield
-    finally: release_claim(path, claim)
+    path:Path,       # the file
+    wait:bool=True,  # till whoever holds it is done
+) -> Iterator[bool]: # whether the claim is ours; if not, another has it
+    "Hold a claim for a while."
+    while (claim := take_claim(path)) is None and wait: time.sleep(0.1)
+    try: yield claim is not None
+    finally:
+        if claim is not None: release_claim(path, claim)
 
 
 def claimed_by(
@@ -362,13 +365,11 @@ def measure_shards(
     dataset = ShardDataset(directory)
     with ThreadPoolExecutor(workers, "catalog") as pool:
         for shard, index, start in zip(dataset.paths, dataset.indexes, dataset.starts):
-            path = directory/f".claim-{shard.stem}"
-            if manifest_path(shard).exists() or (claim := take_claim(path)) is None: continue
-            try:
+            with claimed(directory/f".claim-{shard.stem}", wait=False) as mine:
+                if not mine or manifest_path(shard).exists(): continue
                 rows = list(pool.map(lambda place: _stored_row(dataset, index, int(start), place), range(len(index))))
                 write_manifest(shard, shard, rows)
-            finally: release_claim(path, claim)
-            done.append(shard.stem)
+                done.append(shard.stem)
     finalize(directory)
     return done
 

@@ -363,11 +363,10 @@ def _sweep(directory, samples_per_shard):
     "Remove what killed jobs left, but nothing of a job that is at work."
     for left_over in [*directory.glob(".making-*"), *directory.glob(".tmp-*-[0-9]*"), *directory.glob(".claim-[0-9]*")]:
         match = re.search(r"-(\d{8,})(?:-\d{8,})?(?:\.[a-z.]+)?$", left_over.name)
-        path = _claim_path(directory, int(match[1]), samples_per_shard) if match else None
-        if not match or (claim := take_claim(path)) is None: continue
-        if left_over.is_dir(): shutil.rmtree(left_over, ignore_errors=True)
-        else: left_over.unlink(missing_ok=True)
-        release_claim(path, claim)
+        if not match: continue
+        with claimed(_claim_path(directory, int(match[1]), samples_per_shard), wait=False) as mine:
+            if mine and left_over.is_dir(): shutil.rmtree(left_over, ignore_errors=True)
+            elif mine: left_over.unlink(missing_ok=True)
 
 
 def _drop_damaged(directory, seeds, samples_per_shard, deep):
@@ -375,13 +374,10 @@ def _drop_damaged(directory, seeds, samples_per_shard, deep):
     for shard in sorted(directory.glob("[0-9]*-[0-9]*.tar")):
         named = _seeds_of(shard.stem)
         if named.stop <= seeds.start or seeds.stop <= named.start or not shard_problem(shard, deep): continue
-        path = _claim_path(directory, named[0], samples_per_shard)
-        if (claim := take_claim(path)) is None: continue     # a job that writes there just now
-        problem = shard_problem(shard, deep)
-        if problem:
+        with claimed(_claim_path(directory, named[0], samples_per_shard), wait=False) as mine:
+            if not mine or not (problem := shard_problem(shard, deep)): continue    # a job was, or is, writing there just now
             _say(f"{problem}: it is made again")
             shard.unlink(missing_ok=True)
-        release_claim(path, claim)
 
 
 def _say(text): tqdm.write(f"make_zeroverse: {text}", file=sys.stderr)
@@ -406,10 +402,10 @@ def _watched(attempts, bar, most) -> Iterator[Attempt]:
 def _mends(directory, cell, chosen) -> list[Block]:
     "The shards of a cell that lack some of the chosen seeds because these failed."
     blocks = []
-    for path in sorted(directory.glob("[0-9]*-[0-9]*.json")) if chosen else ():
-        seeds, shard = _seeds_of(path.stem), path.with_suffix(".tar")
-        if seeds.stop <= cell.start or cell.stop <= seeds.start or path.stem not in _dealt_with(directory): continue
-        wanted = [failure["seed"] for failure in read_json(path)["failures"] if failure["seed"] in chosen and failure["seed"] in cell]
+    for name in _dealt_with(directory) if chosen else ():
+        seeds, shard = _seeds_of(name), directory/f"{name}.tar"
+        if seeds.stop <= cell.start or cell.stop <= seeds.start or not manifest_path(shard).exists(): continue
+        wanted = [failure["seed"] for failure in read_json(manifest_path(shard))["failures"] if failure["seed"] in chosen and failure["seed"] in cell]
         if wanted and shard.exists() and (problem := shard_problem(shard, deep=True)):   # its samples are not copied unseen
             _say(f"{problem}: it is made again")
             blocks.append(Block(seeds, list(seeds)))
@@ -480,6 +476,7 @@ def _make_missing(directory, seeds, samples_per_shard, attempt, workers, chosen,
                 told = True
             if cells: time.sleep(0.5)
             cells = [cell for cell in cells if blocks_of(cell)]
+            bar.update(len(seeds) - bar.n - sum(map(len, missing_blocks(directory, seeds, samples_per_shard))))   # what others made
 
 
 def _chosen(directory, seeds, retry) -> set[int]:
