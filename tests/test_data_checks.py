@@ -269,6 +269,9 @@ def test_faults_of_meshes():
     assert edge_table(faces)[1].tolist() == [2]*18
     def found(faces): return {name for name in ("open_edges", "crowded_edges", "flipped_edges") if check_mesh(box(faces))[name]}
     assert found(faces) == set() and found(faces[2:]) == {"open_edges"} and found(np.concatenate([faces, faces[:1]])) == {"crowded_edges"}
+    beside = triangles(np.concatenate([box().positions, box().positions + [2, 2, 0]]), np.concatenate([faces, faces + 8]))
+    row = check_mesh(beside)
+    assert (row["touching_edges"], row["crowded_edges"], row["open_edges"], row["flipped_edges"]) == (1, 0, 0, 0), "two solids that share an edge"
     assert found(np.concatenate([faces[:1, ::-1], faces[1:]])) == {"flipped_edges"} and found(faces[:, ::-1]) == set()
     row = check_mesh(box())
     assert (row["triangles"], row["places"], row["longest"], row["off_centre"]) == (12, 8, 2, 0) and row["radius"] == pytest.approx(3**0.5)

@@ -70,7 +70,8 @@ def test_bad_input_is_one_line(project, capsys, arguments, said):
     assert said in err and err.startswith("zerolab: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["rnu"], ["run"], ["run", "train", "-p", "steps"], ["make", "d", "--objects", "0"], ["make", "d"]])
+@pytest.mark.parametrize("arguments", [[], ["rnu"], ["run"], ["run", "train", "-p", "steps"], ["make", "d", "--objects", "0"], ["make", "d"], ["data"],
+                                       ["make", "d", "--objects", "1", "--part", "4/3"]])
 def test_bad_grammar_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped: cli.main(arguments)
     assert stopped.value.code == 2 and "zerolab" in capsys.readouterr().err
@@ -85,16 +86,62 @@ def test_make_and_download_pass_on_what_they_were_told(monkeypatch, tmp_path, ca
     calls = []
     monkeypatch.setattr("zerolab.data.make.make_zeroverse", lambda *args, **kwargs: calls.append((args, kwargs)))
     monkeypatch.setattr("zerolab.data.scans.download_gso", lambda *args: calls.append(args))
-    from zerolab.shapes.zeroverse import PRIMITIVES
+    from zerolab.shapes.zeroverse import PAPER, PRIMITIVES
+    failures = [0]
+    monkeypatch.setattr("zerolab.data.catalog.query", lambda *args: [dict(n=failures[0])])
     make = ["make", str(tmp_path / "z"), "--objects", "3", "--seed", "10", "--views", "4", "--size", "32", "--workers", "1"]
+    defaults = dict(views=32, size=512, workers=1, image_format="jpeg", light="dome", light_resolution=256, passes=(), supersample=2, camera_seed=0,
+                    samples_per_shard=256, retry=None, verify=False)
     assert cli.main(make) == 0
-    assert calls.pop() == ((tmp_path / "z", range(10, 13), PRIMITIVES), dict(views=4, size=32, workers=1))
-    assert cli.main([*make, "--recipe", "nothing"]) == 2 and "choose one of primitives" in capsys.readouterr().err
+    assert calls.pop() == ((tmp_path / "z", range(10, 13), PAPER), defaults | dict(views=4, size=32))
+    flags = ["--recipe", "primitives", "--format", "webp", "--light", "environment", "--light-resolution", "64", "--supersample", "3", "--camera-seed", "7",
+             "--passes", "depth", "normals", "--samples-per-shard", "1", "--part", "2/3", "--retry", "seed < 9", "--verify"]
+    failures[0] = 1
+    assert cli.main([*make, *flags]) == 1, "an object failed"
+    assert "0 objects with 4 views" in capsys.readouterr().out
+    assert calls.pop() == ((tmp_path / "z", range(11, 12), PRIMITIVES), dict(
+        views=4, size=32, workers=1, image_format="webp", light="environment", light_resolution=64, supersample=3, camera_seed=7, samples_per_shard=1,
+        passes=("depth", "normals"),
+        retry="seed < 9", verify=True))
+    assert cli.main([*make, "--retry"]) == 1 and calls.pop()[1]["retry"] == "true"
+    (tmp_path / "photos/wood").mkdir(parents=True)
+    from PIL import Image
+    Image.new("RGB", (8, 8), (90, 60, 30)).save(tmp_path / "photos/wood/basecolor.png")
+    assert cli.main([*make, "--materials", str(tmp_path / "photos"), "--materials-probability", "0.5"]) == 1
+    recipe = calls.pop()[0][2]
+    assert (recipe.materials, recipe.materials_probability, recipe.boolean_probability) == (str(tmp_path / "photos"), 0.5, PAPER.boolean_probability)
+    assert cli.main([*make, "--part", "2/3"]) == 2 and "there is nothing in that part" in capsys.readouterr().err
+    assert cli.main([*make, "--recipe", "nothing"]) == 2 and "choose one of " in capsys.readouterr().err
     (tmp_path / "names").write_text("cup\nplate\n")
     assert cli.main(["download-gso", str(tmp_path), "--names", str(tmp_path / "names")]) == 0
     assert calls.pop() == (["cup", "plate"], tmp_path)
     assert cli.main(["download-gso", str(tmp_path), "--names", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err == f"zerolab: {tmp_path}/none: No such file or directory\n"
+
+
+def test_a_data_set_is_asked(tmp_path, capsys):
+    "Summary, question, mistake, damage, page; and a folder of shards that has no rows yet."
+    import torch
+    from zerolab.data.shards import write_shards
+    from zerolab.scene.cameras import gso_inputs
+    from zerolab.scene.views import Views
+    def says(*arguments):
+        code, said = cli.main(["data", str(tmp_path / "d"), *map(str, arguments)]), capsys.readouterr()
+        return code, said.out, said.err
+    assert says()[0] == 2
+    pictures = [torch.full((4, 16, 16, 4), 255, dtype=torch.uint8) for _ in range(2)]
+    for seed in range(2): pictures[seed][..., :3] = 60 + 60 * seed       # filled, without texture: bad
+    objects = [Views(pictures[seed], gso_inputs(4, size=(16, 16)), f"grey {seed}", "test", seed) for seed in range(2)]
+    write_shards(objects, tmp_path / "d", samples_per_shard=1)
+    assert says("--measure")[1].splitlines()[:2] == ["zerolab: measured 2 shards that had no rows", "objects  views  shards  gigabytes  bad  failures"]
+    assert says()[1].splitlines()[1].split() == ["2", "8", "2", "0.0", "2", "0"]
+    assert says("SELECT seed, caption FROM objects") == (0, "seed  caption\n0     grey 0\n1     grey 1\n", "2 rows\n")
+    assert says("SELECT seed FROM object")[0] == 2
+    assert says("--verify")[:2] == (0, "zerolab: 0 damaged shards\n")
+    assert says("--page", tmp_path / "page.html")[0] == 0 and "2 bad" in (tmp_path / "page.html").read_text()
+    (tmp_path / "d/000001.tar").write_bytes(b"")
+    code, out, err = says("--verify")
+    assert code == 1 and "1 damaged shards; `zerolab make` with --verify" in out and "000001.tar" in err
 
 
 def test_help_is_light_and_version_speaks():
