@@ -290,6 +290,7 @@ class Uploaded(NamedTuple):
     arrays: list            # buffers in the order of their bindings: vertices, faces, material ids, texels, tables
     texture_shape: tuple    # materials, side of level 0, levels
     environment: np.ndarray # [9,3] sky for reflections
+    solid: bool             # `bounds_solid`: backs of triangles are never seen
 
 def _padded(texels): return np.concatenate([texels, np.zeros((len(texels), 1), np.uint8)], axis=1)
 
@@ -303,19 +304,21 @@ def _upload(device, keep, mesh, light, sh):
         if array.nbytes > most: raise ValueError(f"render_mesh_gl: {array.nbytes} bytes of {name} are more than the {most} that this OpenGL takes: "
                                                  "use smaller textures or meshes, or use render_mesh")
     return Uploaded([keep(device.context.buffer(array)) for array in arrays],
-                    (len(mesh.albedo), surface.texture_size, len(surface.level_starts)), surface.environment.astype(np.float32))
+                    (len(mesh.albedo), surface.texture_size, len(surface.level_starts)), surface.environment.astype(np.float32), surface.solid)
 
 # %% ../../nbs/render/01a_mesh_gl.ipynb #fc5ac3ec
 def _draw_view(device, keep, mesh, uploaded, view, lens, size, near):
     "Draw triangle numbers of one view into the current viewport."
     vertices, faces = uploaded.arrays[:2]
-    depth = mesh.positions @ view[2, :3] + view[2, 3]
+    depth, context = mesh.positions @ view[2, :3] + view[2, 3], device.context
     if depth.min() < near:
         dropped = (depth < near)[mesh.faces].any(1, keepdims=True)
-        faces = keep(device.context.buffer(np.where(dropped, np.int32(0), mesh.faces)))
+        faces = keep(context.buffer(np.where(dropped, np.int32(0), mesh.faces)))
     matrix = clip_matrix(view, lens, size, (max(depth.min(), near), max(depth.max(), near)))
     device.draw["to_clip"].write(matrix.T.astype(np.float32).tobytes())
-    keep(device.context.vertex_array(device.draw, [(vertices, "3f 36x", "position")], faces)).render()
+    context.front_face = "cw"
+    context.enable_only(context.DEPTH_TEST | (context.CULL_FACE if uploaded.solid and depth.min() >= near else 0))
+    keep(context.vertex_array(device.draw, [(vertices, "3f 36x", "position")], faces)).render()
 
 def _shade_views(device, uploaded, cameras, pictures, visible, extent, supersample, planes):
     "Run the compute shader over the pixels of some views."
@@ -379,7 +382,6 @@ def render_mesh_gl(
         info = device.context.info
         count = views_at_once(len(cameras), cameras.size, supersample, words, info["GL_MAX_TEXTURE_SIZE"], info["GL_MAX_SHADER_STORAGE_BLOCK_SIZE"])
         visible, samples, pictures = _grid(device.context, keep, count, size, 4 * words * cameras.size[0] * cameras.size[1])
-        device.context.enable_only(device.context.DEPTH_TEST)
         for start in range(0, len(cameras), count):
             chosen = slice(start, min(start + count, len(cameras)))
             samples.use()
