@@ -100,7 +100,7 @@ vec3 texel(int index) {
 }
 vec3 bilinear(int material, int level, vec2 uv) {
     int size = texture_shape.y >> level;
-    int start = texture_shape.x * 4 * (texture_shape.y * texture_shape.y - size * size) / 3 + material * size * size;
+    int start = texture_shape.x * (4 * (texture_shape.y * texture_shape.y - size * size) / 3) + material * size * size;
     vec2 at = (uv - floor(uv)) * float(size) - 0.5, low = floor(at), share = at - low;
     ivec2 first = ivec2(low) & (size - 1), second = (ivec2(low) + 1) & (size - 1);
     vec3 above = mix(texel(start + first.y * size + first.x), texel(start + first.y * size + second.x), share.x);
@@ -250,13 +250,14 @@ def gl_device() -> Device:
 def _open_device():
     try: import moderngl
     except ImportError: raise RuntimeError("render_mesh_gl: moderngl is not installed: pip install 'zerolab[gpu]', or use render_mesh") from None
-    try: context = moderngl.create_context(standalone=True, backend="egl", require=430)
+    try:
+        context = moderngl.create_context(standalone=True, backend="egl", require=430)
+        with context:
+            name = context.info["GL_RENDERER"]
+            draw, shade = context.program(vertex_shader=DRAW[0], fragment_shader=DRAW[1]), context.compute_shader(SHADE)
     except Exception as error:  # moderngl has no class of its own for it
         raise RuntimeError(f"render_mesh_gl: no OpenGL 4.3 through EGL here ({error}). On Debian or Ubuntu: apt install libegl1 libgl1-mesa-dri, "
                            "and in a container of NVIDIA's NVIDIA_DRIVER_CAPABILITIES=all; or use render_mesh") from error
-    with context:
-        name = context.info["GL_RENDERER"]
-        draw, shade = context.program(vertex_shader=DRAW[0], fragment_shader=DRAW[1]), context.compute_shader(SHADE)
     software = any(word in name.lower() for word in ("llvmpipe", "softpipe", "swiftshader", "software"))
     return Device(context, draw, shade, name, software, os.getpid())
 
