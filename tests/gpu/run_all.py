@@ -1,6 +1,7 @@
 """Every GPU check in one go: python tests/gpu/run_all.py. Writes $OUT/gpu.json (default: here), exits 1 if a check failed and 2 if there is no GPU.
 
-Needs CUDA, torch built for it, gsplat and a compiler for gsplat's first use: pip install -e '.[dev,gpu]'."""
+Needs CUDA, torch built for it, gsplat and a compiler for gsplat's first use: pip install -e '.[dev,gpu]'. Meshes through OpenGL need moderngl, the loader
+libEGL.so.1 and the driver's EGL; without them that check is skipped."""
 import json
 import os
 import sys
@@ -62,6 +63,19 @@ def lrm_precision():
     return {"bfloat16_against_float32": [precision_agreement(size) for size in (64, 128)], "cuda_against_cpu": [cpu_agreement(64)]}
 
 
+def mesh_gl():
+    "Meshes through OpenGL: agreement with the CPU's kernels, and speed. Skipped, with the reason, where EGL offers no graphics card."
+    from test_gpu_mesh import mesh_agreement, mesh_throughput, on_a_card
+    from zerolab.render.mesh import PASSES
+    from zerolab.render.mesh_gl import beyond_limits, gl_device
+    if reason := on_a_card(): return {"skipped": reason}
+    found = {f"seed {seed}, {samples}x{samples}": mesh_agreement(seed, samples) for seed in (2, 19) for samples in (1, 2, 3)}
+    result = {"device": gl_device().name, "agreement": found, "throughput": [mesh_throughput(passes) for passes in ((), tuple(PASSES))]}
+    beyond = {name: beyond_limits(numbers) for name, numbers in found.items() if beyond_limits(numbers)}
+    if beyond: raise AssertionError(f"beyond the limits of rounding: {beyond}; all: {result}")
+    return result
+
+
 def pytest_gpu():
     "The tests themselves, all files of this folder."
     import pytest
@@ -86,7 +100,7 @@ def main():
     out = Path(os.environ.get("OUT", "."))
     out.mkdir(parents=True, exist_ok=True)
     report, failed = {}, []
-    for check in (environment, build, splat_parity, splat_throughput, lrm_throughput, lrm_recomputed, lrm_precision, pytest_gpu):
+    for check in (environment, build, splat_parity, splat_throughput, lrm_throughput, lrm_recomputed, lrm_precision, mesh_gl, pytest_gpu):
         start = time.perf_counter()
         try: result = {"ok": True, "result": check()}
         except BaseException as error:
@@ -96,7 +110,8 @@ def main():
         report[check.__name__] = {**result, "seconds": round(time.perf_counter() - start, 1)}
         # after every check, so that a run cut short still leaves what it found
         (out / "gpu.json").write_text(json.dumps(report, indent=1))
-        print(check.__name__, "ok" if result["ok"] else result["error"], flush=True)
+        skipped = result["ok"] and isinstance(result["result"], dict) and result["result"].get("skipped")
+        print(check.__name__, f"skipped: {skipped}" if skipped else "ok" if result["ok"] else result["error"], flush=True)
     return 1 if failed else 0
 
 
