@@ -76,7 +76,7 @@ class Recipe:
         if min(self.wall[0], self.wire_thickness[0], self.cutter_size[0], self.wire_size[0]) == 0:
             raise ValueError("Recipe: wall, wire_thickness, cutter_size and wire_size must be positive")
 
-
+# %% ../../nbs/shapes/04_zeroverse.ipynb #1ff8a759
 PRIMITIVES = Recipe()
 HEIGHT_FIELD = replace(PRIMITIVES, height_field_probability=.5)
 THINGS = replace(HEIGHT_FIELD, count_weights=(4, 4, 3, 2, 1), half_extents=(.08, 1.6), upright_probability=.5, natural_probability=1.)
@@ -120,9 +120,9 @@ MIXES = {"table 2": ((40, 40, 20), (60, 40, 0), (66.6, 0, 33.3), (100, 0, 0)),  
 
 
 def mix(
-    plain:float,      # parts of the whole, as in 40, 40, 20
-    boolean:float,
-    wireframe:float,
+    plain:float,      # objects with height fields at most, as in 40, 40, 20
+    boolean:float,    # objects that are cut, in the same unit
+    wireframe:float,  # objects with wires, in the same unit
     recipe:Recipe=PAPER,
 ) -> Recipe:          # with exclusive classes
     "A recipe in the proportions of a row of the paper's tables 2, 3 and 10, see `MIXES`."
@@ -193,7 +193,7 @@ def _draw_part(seed, index, recipe):
     else: centre, rotation = rng.uniform(-recipe.centre, recipe.centre, 3), _draw_rotation(rng, seed, recipe)
     return Part(kind, tuple(half_extents.tolist()), tuple(centre.tolist()), tuple(map(tuple, rotation.tolist())), ())
 
-
+# %% ../../nbs/shapes/04_zeroverse.ipynb #4904c4c2
 def _carried(part, seed, index, recipe):
     "A part of a chain, after all later parts have come: before each, what is there is turned, and moved by up to its largest half extent."
     rotation, centre = np.array(part.rotation), np.array(part.centre)
@@ -328,7 +328,7 @@ def _cut_part(part, piece, cutter, tool, taken, thickness, recipe):
     removed = 0. if result.geometry is piece else taken
     return replace(part, surfaces=surfaces, removed=removed, tunnels=result.tunnels, hollow=result.hollow), result.geometry
 
-
+# %% ../../nbs/shapes/04_zeroverse.ipynb #93fced49
 def _draw_cutter(rng, seed, parts, unit, recipe):
     "A cutter somewhere on the surface, and the share that it takes of each part; None if that is too little or too much."
     cutter = _draw_tool(rng, seed, recipe.cutters, recipe.cutter_size, unit, recipe)
