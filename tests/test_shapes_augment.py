@@ -13,7 +13,7 @@ import pytest
 from zerolab.data.make import _check_settings
 from zerolab.shapes import zeroverse
 from zerolab.shapes.augment import FINENESS, cutter_solid, difference, shrink, solid, wire_lines, wireframe
-from zerolab.shapes.captions import VOCABULARY, words
+from zerolab.shapes.captions import VOCABULARY, Part, words
 from zerolab.shapes.primitives import KINDS, join, move_patch, primitive, random_rotation, scale_patch, weld
 from zerolab.shapes.zeroverse import (FRAME, HEIGHT_FIELD, MIXES, PAPER, PRIMITIVES, RELEASE, THINGS, augmentations, make_shape, mix,
                                       no_boolean, no_heightfield, no_wireframe, primitives_only, stream)
@@ -131,8 +131,9 @@ def check_shape(shape):
     assert len(mesh.albedo) == len(surfaces)
     np.testing.assert_allclose(mesh.roughness, [surface.roughness for surface in surfaces], rtol=1e-6)
     np.testing.assert_allclose(mesh.metallic, [surface.metallic for surface in surfaces], rtol=1e-6)
-    drawn = set(np.unique(mesh.material_ids).tolist())
-    assert {number for number, surface in enumerate(surfaces) if surface.left > 0} == drawn
+    drawn, left = set(np.unique(mesh.material_ids).tolist()), {number for number, surface in enumerate(surfaces) if surface.left > 0}
+    behind = [surface.left == 0 and part.hollow for part in shape.parts for surface in part.surfaces]       # its inner side may be there yet
+    assert left <= drawn <= left | set(np.flatnonzero(behind).tolist())
     for sentence in (shape.caption, shape.dense_caption):
         assert set(words(sentence)) <= VOCABULARY
     assert 3 <= len(words(shape.caption)) <= 5 and 30 <= len(words(shape.dense_caption)) <= 50
@@ -167,6 +168,28 @@ def test_two_thousand_cut_shapes_are_closed(every_part_is_manifold):
         recipe = (CUTS, BOTH, CUTS, ALL_RELEASED)[seed % 4]
         check_shape(make_shape(seed, replace(recipe, resolution=24)))
     assert len(every_part_is_manifold) > 2000
+
+
+def test_cuts_take_no_second_thread():
+    "Half of the time went into threads that wait for each other; the process may use all its processors afterwards."
+    script = ("import os\nfrom dataclasses import replace\nfrom zerolab.shapes.zeroverse import *\nbefore = os.sched_getaffinity(0)\n"
+              "make_shape(0, mix(0, 1, 0, replace(PAPER, texture_size=16)))\nprint(len(os.listdir('/proc/self/task')), os.sched_getaffinity(0) == before)")
+    if not hasattr(os, "sched_getaffinity"): pytest.skip("threads choose no processors here")
+    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert alone.stdout.split() == ["1", "True"]
+
+
+@pytest.mark.parametrize("kind,cutter", product(KINDS, KINDS))
+def test_the_share_that_is_taken_is_that_of_the_volume(kind, cutter):
+    rng = np.random.default_rng([7, KINDS.index(kind), KINDS.index(cutter)])
+    for _ in range(4):
+        geometry, pose = posed(kind, rng)
+        tool, tool_pose = posed(cutter, rng, (.3, .6), number=10)
+        part, taker = (Part(name, tuple(half_extents), tuple(centre), tuple(map(tuple, rotation)), ())
+                       for name, (half_extents, rotation, centre) in ((kind, pose), (cutter, tool_pose)))
+        whole = solid(geometry).manifold
+        exact = (whole ^ solid(tool).manifold).volume() / whole.volume()
+        assert zeroverse._taken(part, taker) == pytest.approx(exact, abs=.015)       # polyhedra of ten cells are a little smaller than what they stand for
 
 
 def test_no_bump_pierces_a_wall():

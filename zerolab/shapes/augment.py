@@ -23,11 +23,12 @@ def _one_thread():
     "Have manifold3d work on the thread that calls it, where the system lets a thread choose its processors (Linux)."
     if not hasattr(os, "sched_setaffinity"): return
     allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})
+    try: os.sched_setaffinity(0, {min(allowed)})
+    except OSError: return       # forbidden here: slower, no more
     try: (manifold3d.Manifold.cube((1, 1, 1)) - manifold3d.Manifold.cube((1, 1, .5))).num_tri()
     finally: os.sched_setaffinity(0, allowed)
 
-
+# %% ../../nbs/shapes/03a_augment.ipynb #fd996ea3
 class Solid(NamedTuple):
     "A closed surface as manifold3d holds it."
     manifold: manifold3d.Manifold   # six properties on each vertex: position is apart, then u, v and the normal
@@ -56,7 +57,7 @@ def solid(
         raise ValueError(f"solid: the surface is not closed ({manifold.status().name}): give all patches of a primitive, and each once")
     return Solid(manifold, dict(zip(runs.tolist(), patch_ids[starts].tolist())))
 
-
+# %% ../../nbs/shapes/03a_augment.ipynb #4764f559
 def surface(
     solid:Solid,
 ) -> Geometry:           # patches in the order of their ids
@@ -105,7 +106,7 @@ def _outward(kind, points, half_extents, power):
     normals = tube / half_extents
     return normals / np.linalg.norm(normals, axis=1, keepdims=True)
 
-
+# %% ../../nbs/shapes/03a_augment.ipynb #994ebb89
 def shrink(
     geometry:Geometry,   # the patches of a primitive, stretched, turned and moved; with or without relief
     thickness:float,     # of the wall, in the units of the positions

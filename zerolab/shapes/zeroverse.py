@@ -140,9 +140,9 @@ MIXES = {"table 2": ((40, 40, 20), (60, 40, 0), (66.6, 0, 33.3), (100, 0, 0)),  
 
 
 def mix(
-    plain:float,      # parts of the whole, as in 40, 40, 20
-    boolean:float,
-    wireframe:float,
+    plain:float,      # objects with height fields at most, as in 40, 40, 20
+    boolean:float,    # objects that are cut, in the same unit
+    wireframe:float,  # objects with wires, in the same unit
     recipe:Recipe=PAPER,
 ) -> Recipe:          # with exclusive classes
     "A recipe in the proportions of a row of the paper's tables 2, 3 and 10, see `MIXES`."
@@ -213,7 +213,7 @@ def _draw_part(seed, index, recipe):
     else: centre, rotation = rng.uniform(-recipe.centre, recipe.centre, 3), _draw_rotation(rng, seed, recipe)
     return Part(kind, tuple(half_extents.tolist()), tuple(centre.tolist()), tuple(map(tuple, rotation.tolist())), ())
 
-
+# %% ../../nbs/shapes/04_zeroverse.ipynb #c86b1df1
 def _carried(part, seed, index, recipe):
     "A part of a chain, after all later parts have come: before each, what is there is turned, and moved by up to its largest half extent."
     rotation, centre = np.array(part.rotation), np.array(part.centre)
@@ -361,7 +361,7 @@ def _cut_part(part, piece, cutter, tool, taken, thickness, recipe):
     removed = 0. if result.geometry is piece else taken
     return replace(part, surfaces=surfaces, removed=removed, tunnels=result.tunnels, hollow=result.hollow), result.geometry
 
-
+# %% ../../nbs/shapes/04_zeroverse.ipynb #9bc360ae
 def _draw_cutter(rng, seed, parts, unit, recipe):
     "A cutter somewhere on the surface, and the share that it takes of each part; None if that is too little or too much."
     cutter = _draw_tool(rng, seed, recipe.cutters, recipe.cutter_size, unit, recipe)
