@@ -211,7 +211,8 @@ def test_what_does_not_tile_is_mirrored():
     np.testing.assert_array_equal(mirrored, mirrored[::-1])
 
 
-@pytest.mark.parametrize("stem, kind, name", [("rust_BaseColor", "basecolor", "rust"), ("rust_Base_Color", "basecolor", "rust"), ("rust-albedo", "basecolor", "rust"),
+@pytest.mark.parametrize("stem, kind, name", [("rust_BaseColor", "basecolor", "rust"), ("rust_Base_Color", "basecolor", "rust"),
+                                              ("rust-albedo", "basecolor", "rust"),
                                               ("Metal012_2K-JPG_Metalness", "metallic", "Metal012_2K_JPG"), ("rust_AmbientOcclusion", "other", "rust"),
                                               ("coast_sand_rough_1k", "roughness", "coast_sand_1k"), ("colorado", "basecolor", "colorado")])
 def test_names(stem, kind, name):

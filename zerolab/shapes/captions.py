@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TEXTURED', 'UNIT_VOLUMES', 'NOTCH', 'CAPTION_VERSION', 'NUMBERS', 'NOUNS', 'SIZES', 'FORMS', 'FINISHES', 'WOUNDS',
-           'PLACES', 'VOCABULARY', 'COLOURFUL', 'SHORTEST', 'LONGEST', 'Surface', 'Part', 'Cut', 'Wire', 'words',
-           'main_paint', 'short_caption', 'paint_words', 'describe_part', 'dense_caption']
+           'PLACES', 'VOCABULARY', 'COLOURFUL', 'DESCRIBED', 'SHORTEST', 'LONGEST', 'Surface', 'Part', 'Cut', 'Wire',
+           'words', 'main_paint', 'short_caption', 'paint_words', 'describe_part', 'dense_caption']
 
 # %% ../../nbs/shapes/03_captions.ipynb #7643676e
 import math
 from dataclasses import dataclass
 
-from .primitives import KINDS, TUBE
+from .primitives import TUBE
 from .textures import COLOURS, PATTERNS
 
 # %% ../../nbs/shapes/03_captions.ipynb #b1d34158
@@ -81,8 +81,8 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 NOUNS = ("box", "cube", "ellipsoid", "sphere", "cylinder", "cone", "torus")
 SIZES, FORMS, FINISHES, WOUNDS = ("large", "medium", "small"), ("long", "flat"), ("bumpy", "faceted"), ("pierced", "hollow", "cut")
 PLACES = ("above", "below", "in front of", "behind", "left of", "right of", "crossing", "near")
-_GLUE = """a about an and are as away clearly colour colourful common goes hole in inside is it largest more most no nothing one opens of others out part
-parts piece shape showing slightly smaller smooth surface surfaces tall taller than the there through wide wider whole wire wires with all""".split()
+_GLUE = """a about an and another are as away clearly colour colourful common goes hole in inside is it largest more most no nothing one opens of others
+out part parts piece shape showing slightly smaller smooth surface surfaces tall taller than the there through wide wider whole wire wires with all""".split()
 VOCABULARY = frozenset(NOUNS + COLOURS + PATTERNS + (TEXTURED,) + NUMBERS + SIZES + FORMS + FINISHES + WOUNDS) | frozenset(
     word for place in PLACES for word in place.split()) | frozenset(_GLUE)
 
@@ -95,6 +95,7 @@ def words(
 
 # %% ../../nbs/shapes/03_captions.ipynb #706ce084
 COLOURFUL = .4      # a part no colour of which covers more is colourful
+DESCRIBED = .02     # parts with a smaller share of what is seen are only counted
 
 
 def main_paint(
@@ -119,7 +120,7 @@ def short_caption(
     first, count = parts[0], len(parts)
     if wire := _wire(description): return f"{_named(first)} and wire {wire['kind']}"
     if count > 2: return f"{_named(first)} and {NUMBERS[count - 1]} others"
-    if count == 2: return f"{_named(first)} and {_named(parts[1])}"
+    if count == 2: return f"{_named(first)} and {_named(parts[1]) if parts[1]['share'] >= DESCRIBED else 'another'}"
     pattern, colour = main_paint(first)
     return " ".join(filter(None, [first["wound"], pattern or ("one" if not first["wound"] else None), colour, first["noun"]]))
 
@@ -191,7 +192,8 @@ def _remarks(description):
     x, y, z = description["size"]
     ratio = z / max(x, y)
     if abs(math.log(ratio)) <= math.log(1.05): yield "The whole is about as tall as it is wide."
-    else: yield f"The whole is {'clearly' if abs(math.log(ratio)) > math.log(1.2) else 'slightly'} {'taller than it is wide' if ratio > 1 else 'wider than it is tall'}."
+    else: yield f"The whole is {'clearly' if abs(math.log(ratio)) > math.log(1.2) else 'slightly'} " + (
+        "taller than it is wide." if ratio > 1 else "wider than it is tall.")
     cut, wire = description["cut"] is not None, description["wire"] is not None
     if not cut and not wire: yield "Nothing is cut away and there are no wires."
     elif not (cut and wire): yield "There are no wires." if cut else "Nothing is cut away."
@@ -200,8 +202,8 @@ def _remarks(description):
 # %% ../../nbs/shapes/03_captions.ipynb #08890bda
 def _sentences(description, described, paints, colours):
     "What must be said of a shape, in one of the forms."
-    parts = description["parts"]
-    count = len(parts)
+    parts, count = description["parts"], len(description["parts"])
+    described = min(described, sum(part["share"] >= DESCRIBED for part in parts))
     yield f"A shape of {NUMBERS[count]} part{'s' * (count > 1)}."
     yield f"{'It' if count == 1 else 'The largest'} is {describe_part(parts[0], paints, colours, first=True)}."
     for part in parts[1:described]: yield f"{part['place'].capitalize()} it is {describe_part(part, paints, colours)}."

@@ -247,8 +247,8 @@ def _draw_surface(seed, index, number, name, recipe, closed=()):
     roughness, metal, metallic = rng.uniform(*recipe.roughness), rng.random() < recipe.metallic_probability, rng.uniform(*recipe.metallic)
     faceted = bool(stream(recipe, seed, FACET, index, number).random() < recipe.flat_probability)
     surface = Surface(name, texture.pattern, texture.colours, float(roughness), float(metallic) * bool(metal), faceted=faceted)
-    rng = stream(recipe, seed, MATERIAL, index, number)
-    if rng.random() >= recipe.materials_probability: return surface, texture.albedo, lie
+    rng = stream(recipe, seed, MATERIAL, index, number) if recipe.materials_probability else None
+    if rng is None or rng.random() >= recipe.materials_probability: return surface, texture.albedo, lie
     photo = draw_material(rng, recipe.materials, recipe.materials_fingerprint, recipe.texture_size)
     maps = {name: value for name, value in (("roughness", photo.roughness), ("metallic", photo.metallic)) if value is not None}
     return replace(surface, pattern=TEXTURED, colours=photo.colours, **maps), photo.albedo, lie
