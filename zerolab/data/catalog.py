@@ -9,6 +9,7 @@ __all__ = ['OBJECT_COLUMNS', 'VIEW_COLUMNS', 'PICTURE_CHECKS', 'MESH_COLUMNS', '
            'checked_rows']
 
 # %% ../../nbs/data/06_catalog.ipynb #d8568ebe
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -328,8 +329,8 @@ def _database(spill) -> Iterator:
     database = duckdb.connect(config=dict(threads=1, memory_limit="1GB", temp_directory=str(spill), preserve_insertion_order=True))
     try: yield database
     except duckdb.Error as error:
-        full = "No space left" in str(error) or "too large" in str(error)
-        raise (OSError if full else ValueError)(f"catalog: {_first_line(error)}") from error
+        if "No space left" in str(error) or "too large" in str(error): raise OSError(errno.ENOSPC, f"catalog: {_first_line(error)}") from error
+        raise ValueError(f"catalog: {_first_line(error)}") from error
     finally:
         database.close()
         _remove(spill)
