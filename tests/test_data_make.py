@@ -264,7 +264,7 @@ def test_light_and_facts_in_the_catalog(tmp_path):
         assert (row["caption"], row["dense_caption"], json.loads(row["description"])) == (
             shape.caption, shape.dense_caption, json.loads(json.dumps(shape.description)))
         assert (row["triangles"], row["materials"]) == (len(shape.mesh.faces), len(shape.mesh.albedo))
-        assert (row["cut"], row["wire"], row["recipe"], row["light"]) == (shape.cut is not None, shape.wire is not None, "PAPER", "environment")
+        assert (row["cut"], row["wire"], row["recipe"], row["light"]) == (shape.cut is not None, shape.wire is not None, "paper", "environment")
         assert row["parts"] == sum(part.removed < 1 for part in shape.parts) and 0 < row["exposure"] <= 1 and row["bright"] < 0.05
         assert row["bytes"] > 1000 and row["longest"] == pytest.approx(1.8, abs=1e-3)
     colours = [np.stack([views.rgba.numpy() for views in ShardDataset(folder)]).astype(float) for folder in (dome, sky)]

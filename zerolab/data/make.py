@@ -113,8 +113,7 @@ def shape_facts(
 ) -> dict:       # columns of the table of objects
     "What the catalog says about how a shape was made."
     left = [part for part in shape.parts if part.removed < 1]
-    named = (name for name, recipe in vars(zeroverse).items() if isinstance(recipe, zeroverse.Recipe) and recipe == shape.recipe)
-    return dict(recipe=next(named, "custom"), version=shape.recipe.version, dense_caption=shape.dense_caption, description=shape.description, parts=len(left),
+    return dict(recipe=zeroverse.recipe_name(shape.recipe), version=shape.recipe.version, dense_caption=shape.dense_caption, description=shape.description, parts=len(left),
                 surfaces=sum(len(part.surfaces) for part in left), cut=shape.cut is not None, hollow=any(part.hollow for part in left),
                 wire=shape.wire is not None)
 

@@ -55,10 +55,10 @@ def make_command(
     "Build a Zeroverse data set: procedural shapes, rendered, in shards with a catalog. The same command goes on where it stopped, beside others that run."
     from zerolab.data.catalog import query
     from zerolab.data.make import make_zeroverse, part_of
-    from zerolab.shapes.zeroverse import with_materials
+    from zerolab.shapes.zeroverse import find_recipe, with_materials
     seeds = part_of(range(options.seed, options.seed + options.objects), *options.part, options.samples_per_shard)
     if not seeds: raise ValueError(f"there is nothing in that part: {options.objects} objects are fewer shards than there are parts")
-    recipe = _recipe(options.recipe)
+    recipe = find_recipe(options.recipe)
     if options.materials: recipe = with_materials(recipe, options.materials, options.materials_probability)
     make_zeroverse(options.directory, seeds, recipe, views=options.views, size=options.size, workers=options.workers,
                    image_format=options.format, light=options.light, light_resolution=options.light_resolution, passes=tuple(options.passes),
@@ -67,13 +67,6 @@ def make_command(
     failed = query(options.directory, f"SELECT count(*) AS n FROM failures WHERE seed BETWEEN {seeds[0]} AND {seeds[-1]}")[0]["n"]
     print(f"zerolab: {len(seeds) - failed} objects with {options.views} views each in {options.directory}")
     return 1 if failed else 0
-
-def _recipe(name:str):
-    "The recipe that `zerolab.shapes.zeroverse` calls `name`, in capitals."
-    from zerolab.shapes import zeroverse
-    recipes = {known.lower(): recipe for known, recipe in vars(zeroverse).items() if isinstance(recipe, zeroverse.Recipe)}
-    if name.lower() not in recipes: raise ValueError(f"no recipe {name!r}: choose one of {', '.join(recipes)}")
-    return recipes[name.lower()]
 
 # %% ../../nbs/jobs/04_cli.ipynb #7a5bb555
 def data_command(
