@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from faults import file_size_limit
-from zerolab.data.shards import ShardDataset, ShardError, decode_view, encode_sample, encode_view, index_path, index_shard, write_shard, write_shards
+from zerolab.data.shards import (DEPTH_STEP, PASSES, ShardDataset, ShardError, decode_view, encode_sample, encode_view, index_path, index_shard, write_shard,
+                                 write_shards)
 from zerolab.scene.cameras import random_views
 from zerolab.scene.views import Views
 
@@ -46,6 +48,116 @@ def test_jpeg_keeps_alpha_to_the_byte_and_the_composite_closely(tmp_path):
     assert (got[..., 3] == rgba[..., 3]).all() and (got[got[..., 3] == 0] == 0).all()
     over_white = [(p[..., :3] * (p[..., 3:] / 255.0) + 255 - p[..., 3:]) for p in (rgba, got)]
     assert 10 * np.log10(255**2 / np.square(over_white[0] - over_white[1]).mean()) > 38
+
+
+def plainly(rgba):
+    "A view as jpeg, written down plainly: every pixel blended in floating point, both files left to Pillow's own settings."
+    alpha = rgba[..., 3:].astype(np.float32) / 255
+    over_white, files = np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8), {}
+    for extension, kind, pixels, options in (("jpg", "JPEG", over_white, dict(quality=95, subsampling=0)), ("png", "PNG", rgba[..., 3], {})):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, kind, **options)
+        files[extension] = buffer.getvalue()
+    return files
+
+
+def plainly_back(files):
+    colour, alpha = (np.array(Image.open(io.BytesIO(files[extension]))) for extension in ("jpg", "png"))
+    cover = alpha[..., None].astype(np.float32) / 255
+    straight = np.rint(((colour - 255 * (1 - cover)) / np.maximum(cover, 1e-9)).clip(0, 255)).astype(np.uint8)
+    return np.where(alpha[..., None] > 0, np.concatenate([straight, alpha[..., None]], -1), 0)
+
+
+def disc(size=256):
+    "A textured disc: like a rendered object, a few half-covered pixels between full and empty ones."
+    y, x = np.mgrid[:size, :size] + 0.5
+    alpha = np.rint(255 * np.clip(0.4 * size - np.hypot(x - size / 2, y - size / 2) + 0.5, 0, 1)).astype(np.uint8)
+    rgb = np.stack([128 + 100 * np.sin(x / 9), 128 + 100 * np.cos(y / 7), 128 + 100 * np.sin((x + y) / 11)], -1).astype(np.uint8)
+    return np.concatenate([rgb * (alpha[..., None] > 0), alpha[..., None]], -1)
+
+
+@pytest.mark.parametrize("picture", [noise(0, size=(37, 50)).rgba[0].numpy(), disc()])
+def test_jpeg_files_are_those_written_plainly(picture):
+    "Same JPEG, a mask that any reader reads, no larger; decoded to the same pixels; layouts in memory do not matter."
+    plain, ours = plainly(picture), encode_view(picture, "jpeg")
+    assert ours["jpg"] == plain["jpg"] and (np.array(Image.open(io.BytesIO(ours["png"]))) == picture[..., 3]).all()
+    assert (decode_view(ours, picture.shape[:2]) == plainly_back(plain)).all() and (decode_view(plain, picture.shape[:2]) == plainly_back(plain)).all()
+    assert encode_view(np.asfortranarray(picture), "jpeg") == ours == encode_view(np.concatenate([picture, picture], 1)[:, picture.shape[1]:], "jpeg")
+    Image.open(io.BytesIO(ours["png"])).verify()
+
+
+def cpu_seconds(function, *args, times=7):
+    "The least CPU time of several runs."
+    taken = []
+    for _ in range(times):
+        start = time.process_time()
+        function(*args)
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+def test_jpeg_is_quicker_than_plainly_and_masks_are_smaller():
+    picture = disc(512)
+    plain = plainly(picture)
+    assert len(encode_view(picture, "jpeg")["png"]) < len(plain["png"])
+    assert cpu_seconds(encode_view, picture, "jpeg") < 0.7 * cpu_seconds(plainly, picture)
+    assert cpu_seconds(decode_view, plain, (512, 512)) < 0.7 * cpu_seconds(plainly_back, plain)
+
+
+def passes_of(views, seed=0):
+    "Depth and normals for views, 0 where they are empty."
+    rng, hit = np.random.default_rng(seed), views.rgba[..., 3].numpy() > 0
+    normals = rng.normal(size=(*hit.shape, 3))
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    return dict(depth=rng.uniform(1, 6, hit.shape) * hit, normals=normals * hit[..., None])
+
+
+@pytest.mark.parametrize("image_format", ["webp", "jpeg"])
+@pytest.mark.parametrize("names", [("depth",), ("normals",), ("depth", "normals")])
+def test_passes_come_back(tmp_path, image_format, names):
+    objects = [noise(seed, views=2 + seed) for seed in range(3)]
+    passes = [{name: values for name, values in passes_of(views).items() if name in names} for views in objects]
+    write_shard(tmp_path / "000000.tar", [encode_sample(views, key, image_format, known) for key, (views, known) in enumerate(zip(objects, passes))])
+    index_path(tmp_path / "000000.tar").unlink()  # made again from the tar
+    dataset = ShardDataset(tmp_path)
+    assert dataset.indexes[0].passes == names and ShardDataset(tmp_path).indexes[0].passes == names
+    for i, (views, known) in enumerate(zip(objects, passes)):
+        got = dataset.passes(i, [1, 0])
+        assert set(got) == set(names) and (dataset[i].rgba[..., 3] == views.rgba[..., 3]).all()
+        if "depth" in names: assert np.abs(got["depth"] - known["depth"][[1, 0]]).max() <= DEPTH_STEP / 2 + 1e-6
+        if "normals" in names: assert np.abs(got["normals"] - known["normals"][[1, 0]]).max() < 0.01
+        for name in names: assert ((got[name] == 0) == (known[name][[1, 0]] == 0)).mean() > 0.99 and not got[name][known[name][[1, 0]] == 0].any()
+    with pytest.raises(IndexError, match="has 2 views"): dataset.passes(0, [2])
+
+
+def test_a_damaged_or_missing_pass_is_named(tmp_path):
+    views, path = noise(0), tmp_path / "000000.tar"
+    files = encode_sample(views, 0, "jpeg", passes_of(views))
+    write_shard(path, [files])
+    index = index_shard(path)
+    offset = int(index.images[1, index.extensions.index("depth.png"), 0])
+    data = bytearray(path.read_bytes())
+    data[offset + 50] ^= 1
+    path.write_bytes(data)
+    dataset = ShardDataset(tmp_path)
+    assert len(dataset[0]) == 3  # the pictures are whole
+    with pytest.raises(ShardError, match=f"member 00000000.01.depth.png at byte {offset} is not what was indexed"): dataset.passes(0, [1])
+    short = {name: data for name, data in files.items() if name != "00000000.01.normals.webp"}
+    with pytest.raises(ShardError, match="sample 00000000 is not whole .lacks .*1, 'normals.webp'"): write_shard(tmp_path / "000001.tar", [short])
+    with pytest.raises(ValueError, match="no pass 'flow'"): encode_sample(views, 0, "jpeg", {"flow": views.rgba.numpy()})
+
+
+@pytest.mark.parametrize("image_format", ["webp", "jpeg"])
+def test_shards_from_before_there_were_passes(tmp_path, image_format):
+    "Their masks are Pillow's, and their index files know nothing of passes; ours have the same fields where there are none."
+    views = noise(5)
+    members = encode_sample(views, 0, image_format)
+    if image_format == "jpeg":
+        for number, picture in enumerate(views.rgba.numpy()): members[f"00000000.{number:02d}.png"] = plainly(picture)["png"]
+    write_shard(tmp_path / "000000.tar", [members])
+    with np.load(index_path(tmp_path / "000000.tar")) as file: assert set(file) == {"keys", "first", "metadata", "images", "image_format", "tar_bytes"}
+    dataset = ShardDataset(tmp_path)
+    assert dataset.passes(0, [0]) == {} and (dataset[0].rgba[..., 3] == views.rgba[..., 3]).all() and set(PASSES) == {"depth", "normals"}
 
 
 @pytest.mark.parametrize("image_format", ["webp", "jpeg"])

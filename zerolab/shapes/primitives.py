@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TUBE', 'KINDS', 'Patch', 'grid_faces', 'primitive', 'scale_patch', 'move_patch', 'random_rotation', 'Geometry',
-           'join', 'facet', 'weld']
+           'join', 'facet', 'weld', 'first_of']
 
 # %% ../../nbs/shapes/00_primitives.ipynb #4ea5080a
 from dataclasses import dataclass, replace
@@ -218,8 +218,23 @@ def weld(
     positions:np.ndarray,  # [N,3]
 ) -> np.ndarray:           # [N] int, equal for vertices at exactly the same place
     "Number the distinct places. No tolerance is needed: patches meet to the bit."
-    order = np.lexsort(positions.T)
-    ordered = positions[order]
+    x, y, z = np.asarray(positions, float).T
+    key = x + .7548776662466927 * y + .5698402909980532 * z
+    order = np.argsort(key)
+    ordered, key = positions[order], key[order]
+    step = (ordered[1:] != ordered[:-1]).any(1)
+    if (step & (key[1:] == key[:-1])).any():
+        order = np.lexsort(positions.T)
+        step = (positions[order[1:]] != positions[order[:-1]]).any(1)
     ids = np.empty(len(positions), np.int64)
-    ids[order] = np.cumsum(np.r_[False, (ordered[1:] != ordered[:-1]).any(1)])
+    ids[order] = np.cumsum(np.r_[False, step])
     return ids
+
+
+def first_of(
+    ids:np.ndarray,   # [N] int from 0, each number at least once, see `weld`
+) -> np.ndarray:      # [max+1] int
+    "Where each number stands first."
+    first = np.empty(ids.max() + 1, np.int64)
+    first[ids[::-1]] = np.arange(len(ids))[::-1]
+    return first
