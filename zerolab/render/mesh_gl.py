@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from .light import WHITE_DOME, bake_light
-from .mesh import DECODE, PASSES, REFLECTANCE, MeshRender, check_render, make_surface, render_mesh
+from .mesh import DECODE, PASSES, REFLECTANCE, REFLECTANCE_STEPS, MeshRender, check_render, make_surface, render_mesh
 from ..scene.cameras import Cameras
 from ..scene.mesh import Mesh
 
@@ -52,7 +52,7 @@ layout(std430, binding = 0) readonly buffer Vertices { Vertex vertices[]; };
 layout(std430, binding = 1) readonly buffer Faces { int faces[]; };
 layout(std430, binding = 2) readonly buffer Materials { int material_ids[]; };
 layout(std430, binding = 3) readonly buffer Texels { uint texels[]; };
-layout(std430, binding = 4) readonly buffer Tables { float tables[]; };    // 256 of `DECODE`, 17x17x2 of `REFLECTANCE`, finish of each material
+layout(std430, binding = 4) readonly buffer Tables { float tables[]; };    // `DECODE`, `REFLECTANCE`, roughness and metallic of each material
 layout(std430, binding = 5) readonly buffer Cameras { vec4 cameras[]; };
 layout(std430, binding = 6) writeonly buffer Pictures { uint pictures[]; };
 uniform sampler2D visible;       // number of the triangle and 1/z; views below each other
@@ -100,7 +100,7 @@ vec3 texel(int index) {
 }
 vec3 bilinear(int material, int level, vec2 uv) {
     int size = texture_shape.y >> level;
-    int start = texture_shape.x * 4 * (texture_shape.y * texture_shape.y - size * size) / 3 + material * size * size;
+    int start = texture_shape.x * (4 * (texture_shape.y * texture_shape.y - size * size) / 3) + material * size * size;
     vec2 at = (uv - floor(uv)) * float(size) - 0.5, low = floor(at), share = at - low;
     ivec2 first = ivec2(low) & (size - 1), second = (ivec2(low) + 1) & (size - 1);
     vec3 above = mix(texel(start + first.y * size + first.x), texel(start + first.y * size + second.x), share.x);
@@ -122,15 +122,16 @@ vec3 sky_radiance(vec3 d) {
              + environment[6] * (3.0 * d.z * d.z - 1.0) + environment[7] * d.x * d.z + environment[8] * (d.x * d.x - d.y * d.y);
     return max(sky, 0.0);
 }
-vec2 entry(int i, int j) { int at = 256 + 2 * (17 * i + j); return vec2(tables[at], tables[at + 1]); }
+vec2 entry(int i, int j) { int at = 256 + 2 * ((STEPS + 1) * i + j); return vec2(tables[at], tables[at + 1]); }
 vec2 reflectance(float roughness, float cosine) {
-    vec2 at = 16.0 * vec2(roughness, cosine);
-    ivec2 i = min(ivec2(at), 15);
+    vec2 at = float(STEPS) * vec2(roughness, cosine);
+    ivec2 i = min(ivec2(at), STEPS - 1);
     vec2 share = at - vec2(i);
     return mix(mix(entry(i.x, i.y), entry(i.x, i.y + 1), share.y), mix(entry(i.x + 1, i.y), entry(i.x + 1, i.y + 1), share.y), share.x);
 }
 vec3 radiance(int material, vec3 albedo, vec3 unit_normal, vec4 light, vec3 view) {
-    float cosine = max(0.0, -dot(unit_normal, view)), roughness = tables[834 + 2 * material], metallic = tables[835 + 2 * material];
+    int finish = 256 + 2 * (STEPS + 1) * (STEPS + 1) + 2 * material;
+    float cosine = clamp(-dot(unit_normal, view), 0.0, 1.0), roughness = tables[finish], metallic = tables[finish + 1];
     vec2 reflected = reflectance(roughness, cosine);
     float scale = reflected.x, offset = reflected.y;
     vec3 head_on = 0.04 * (1.0 - metallic) + albedo * metallic;
@@ -231,7 +232,7 @@ void main() {
     write_pixel(id, sum, hits, samples, material);
 }
 """
-SHADE = _ARRAYS + _GEOMETRY + _TEXTURE + _RADIANCE + _SHADE + _SHARED + _MAIN
+SHADE = _ARRAYS + f"const int STEPS = {REFLECTANCE_STEPS};\n" + _GEOMETRY + _TEXTURE + _RADIANCE + _SHADE + _SHARED + _MAIN
 
 # %% ../../nbs/render/01a_mesh_gl.ipynb #1c06861f
 class Device(NamedTuple):
@@ -256,13 +257,14 @@ def gl_device() -> Device:
 def _open_device():
     try: import moderngl
     except ImportError: raise RuntimeError("render_mesh_gl: moderngl is not installed: pip install 'zerolab[gpu]', or use render_mesh") from None
-    try: context = moderngl.create_context(standalone=True, backend="egl", require=430)
+    try:
+        context = moderngl.create_context(standalone=True, backend="egl", require=430)
+        with context:
+            name = context.info["GL_RENDERER"]
+            draw, shade = context.program(vertex_shader=DRAW[0], fragment_shader=DRAW[1]), context.compute_shader(SHADE)
     except Exception as error:  # moderngl has no class of its own for it
         raise RuntimeError(f"render_mesh_gl: no OpenGL 4.3 through EGL here ({error}). On Debian or Ubuntu: apt install libegl1 libgl1-mesa-dri, "
                            "and in a container of NVIDIA's NVIDIA_DRIVER_CAPABILITIES=all; or use render_mesh") from error
-    with context:
-        name = context.info["GL_RENDERER"]
-        draw, shade = context.program(vertex_shader=DRAW[0], fragment_shader=DRAW[1]), context.compute_shader(SHADE)
     software = any(word in name.lower() for word in ("llvmpipe", "softpipe", "swiftshader", "software"))
     return Device(context, draw, shade, name, software, os.getpid())
 
