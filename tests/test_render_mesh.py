@@ -14,7 +14,7 @@ import trimesh
 
 from zerolab.render import mesh as renderer
 from zerolab.render.light import bake_light, dome_directions, expose, random_environment
-from zerolab.render.mesh import PASSES, bounds_solid, render_mesh, render_views
+from zerolab.render.mesh import PASSES, bounds_solid, reflectance, render_mesh, render_views
 from zerolab.scene.cameras import Cameras, intrinsics, look_at, orbit, random_views
 from zerolab.scene.mesh import Mesh, linear_to_srgb, srgb_to_linear
 from zerolab.shapes.zeroverse import PAPER, make_shape
@@ -88,11 +88,25 @@ def test_half_a_pixel_is_not_ignored():
     assert (render_mesh(mesh, facing(size=size, K=K), supersample=1).rgba[..., 3] != right).sum() > 20
 
 
-def specular(cosine, roughness):
-    "Karis' fit, written down a second time."
-    c0 = 1 - roughness
-    a = min(c0 * c0, 2 ** (-9.28 * cosine)) * c0 - .0275 * roughness + .0425
-    return -1.04 * a - .572 * roughness + 1.04, 1.04 * a + .022 * roughness - .04
+def specular(cosine, roughness, f0=.04, steps=400):
+    "What GGX microfacets mirror of an even sky: the integral over the light's directions, where the renderer takes it over the facets' tilts."
+    z, turn = np.meshgrid((np.arange(steps) + .5) / steps, 2 * np.pi * (np.arange(steps) + .5) / steps)
+    light = np.stack([np.sqrt(1 - z * z) * np.cos(turn), np.sqrt(1 - z * z) * np.sin(turn), z], -1)
+    half = light + [np.sqrt(1 - cosine**2), 0, cosine]
+    half /= np.linalg.norm(half, axis=-1, keepdims=True)
+    a2 = roughness**4
+    spread = a2 / (np.pi * (half[..., 2]**2 * (a2 - 1) + 1)**2)
+    smith = lambda x: (np.sqrt(1 + a2 * (1 - x * x) / x**2) - 1) / 2
+    fresnel = f0 + (1 - f0) * (1 - (half * light).sum(-1))**5
+    return (spread * fresnel / (1 + smith(cosine) + smith(z)) / (4 * cosine)).mean() * 2 * np.pi
+
+
+@pytest.mark.parametrize("f0", [.04, .5, 1.])
+def test_mirrored_share_is_that_of_the_microfacets(f0):
+    for roughness in (.3, .5, .8, 1.):
+        for cosine in (.2, .5, .9, 1.):
+            scale, offset = reflectance(roughness, cosine)
+            assert f0 * scale + offset == pytest.approx(specular(cosine, roughness, f0), abs=.012), (roughness, cosine)
 
 
 @pytest.mark.parametrize("level", [0, 17, 128, 255])
@@ -103,8 +117,7 @@ def test_convex_plate_shows_its_texel_times_the_irradiance(level):
     light = bake_light(mesh)
     assert np.allclose(light, 1, atol=1e-6)  # nothing hides the white sky
     rgba = render_mesh(mesh, facing(), light=light).rgba[0]
-    scale, offset = specular(1., 1.)
-    mirrored = .04 * scale + offset
+    mirrored = specular(1., 1.)
     assert mirrored < .02  # what a rough surface mirrors
     texel = srgb_to_linear(np.array([level, 255 - level, level]) / 255)
     want = 255 * linear_to_srgb(texel * (1 - mirrored) + mirrored)

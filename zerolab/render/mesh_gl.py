@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from .light import WHITE_DOME, bake_light
-from .mesh import DECODE, PASSES, MeshRender, check_render, make_surface, render_mesh
+from .mesh import DECODE, PASSES, REFLECTANCE, REFLECTANCE_STEPS, MeshRender, check_render, make_surface, render_mesh
 from ..scene.cameras import Cameras
 from ..scene.mesh import Mesh
 
@@ -52,7 +52,7 @@ layout(std430, binding = 0) readonly buffer Vertices { Vertex vertices[]; };
 layout(std430, binding = 1) readonly buffer Faces { int faces[]; };
 layout(std430, binding = 2) readonly buffer Materials { int material_ids[]; };
 layout(std430, binding = 3) readonly buffer Texels { uint texels[]; };
-layout(std430, binding = 4) readonly buffer Tables { float tables[]; };    // linear light of the 256 bytes; then roughness and metallic of each material
+layout(std430, binding = 4) readonly buffer Tables { float tables[]; };    // `DECODE`, `REFLECTANCE`, roughness and metallic of each material
 layout(std430, binding = 5) readonly buffer Cameras { vec4 cameras[]; };
 layout(std430, binding = 6) writeonly buffer Pictures { uint pictures[]; };
 uniform sampler2D visible;       // number of the triangle and 1/z; views below each other
@@ -122,11 +122,18 @@ vec3 sky_radiance(vec3 d) {
              + environment[6] * (3.0 * d.z * d.z - 1.0) + environment[7] * d.x * d.z + environment[8] * (d.x * d.x - d.y * d.y);
     return max(sky, 0.0);
 }
+vec2 entry(int i, int j) { int at = 256 + 2 * ((STEPS + 1) * i + j); return vec2(tables[at], tables[at + 1]); }
+vec2 reflectance(float roughness, float cosine) {
+    vec2 at = float(STEPS) * vec2(roughness, cosine);
+    ivec2 i = min(ivec2(at), STEPS - 1);
+    vec2 share = at - vec2(i);
+    return mix(mix(entry(i.x, i.y), entry(i.x, i.y + 1), share.y), mix(entry(i.x + 1, i.y), entry(i.x + 1, i.y + 1), share.y), share.x);
+}
 vec3 radiance(int material, vec3 albedo, vec3 unit_normal, vec4 light, vec3 view) {
-    float cosine = max(0.0, -dot(unit_normal, view)), roughness = tables[256 + 2 * material], metallic = tables[257 + 2 * material];
-    float smoothness = 1.0 - roughness;
-    float a = min(smoothness * smoothness, exp2(-9.28 * cosine)) * smoothness + 0.0425 - 0.0275 * roughness;
-    float scale = 1.04 - 0.572 * roughness - 1.04 * a, offset = 1.04 * a + 0.022 * roughness - 0.04;
+    int finish = 256 + 2 * (STEPS + 1) * (STEPS + 1) + 2 * material;
+    float cosine = clamp(-dot(unit_normal, view), 0.0, 1.0), roughness = tables[finish], metallic = tables[finish + 1];
+    vec2 reflected = reflectance(roughness, cosine);
+    float scale = reflected.x, offset = reflected.y;
     vec3 head_on = 0.04 * (1.0 - metallic) + albedo * metallic;
     vec3 mirrored = (head_on * scale + offset) * sky_radiance(view + 2.0 * cosine * unit_normal) * light.a;
     return albedo * (1.0 - metallic) * (1.0 - (0.04 * scale + offset)) * light.rgb + mirrored;
@@ -225,7 +232,7 @@ void main() {
     write_pixel(id, sum, hits, samples, material);
 }
 """
-SHADE = _ARRAYS + _GEOMETRY + _TEXTURE + _RADIANCE + _SHADE + _SHARED + _MAIN
+SHADE = _ARRAYS + f"const int STEPS = {REFLECTANCE_STEPS};\n" + _GEOMETRY + _TEXTURE + _RADIANCE + _SHADE + _SHARED + _MAIN
 
 # %% ../../nbs/render/01a_mesh_gl.ipynb #1c06861f
 class Device(NamedTuple):
@@ -298,7 +305,7 @@ def _padded(texels): return np.concatenate([texels, np.zeros((len(texels), 1), n
 def _upload(device, keep, mesh, light, sh):
     surface = make_surface(mesh, light, WHITE_DOME if sh is None else sh)
     arrays = (np.concatenate([mesh.positions, surface.attributes], axis=1, dtype=np.float32), surface.faces, surface.material_ids, _padded(surface.texels),
-              np.concatenate([DECODE, np.stack([surface.roughness, surface.metallic], axis=1).ravel()], dtype=np.float32))
+              np.concatenate([DECODE, REFLECTANCE.ravel(), np.stack([surface.roughness, surface.metallic], axis=1).ravel()], dtype=np.float32))
     if len(mesh.faces) >= 1 << 24: raise ValueError(f"render_mesh_gl: {len(mesh.faces)} triangles, need fewer than {1 << 24}: use render_mesh")
     most = device.context.info["GL_MAX_SHADER_STORAGE_BLOCK_SIZE"]
     for name, array in zip(("vertices", "faces", "material ids", "texels"), arrays):
