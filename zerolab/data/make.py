@@ -39,7 +39,7 @@ from .catalog import claimed, claimed_by, finalize, manifest_path, object_row, q
 from .checks import check_mesh
 from .shards import EXTENSIONS, PASSES, encode_sample, index_path, write_shard
 from ..render.light import WHITE_DOME, bake_light, expose, random_environment
-from ..render.mesh import render_mesh
+from ..render.mesh import VERSION as RENDERER, render_mesh
 from ..scene.cameras import Cameras, gso_inputs, random_views
 from ..scene.paths import read_json, write_json
 from ..scene.views import Views
@@ -113,8 +113,8 @@ def shape_facts(
 ) -> dict:       # columns of the table of objects
     "What the catalog says about how a shape was made."
     left = [part for part in shape.parts if part.removed < 1]
-    return dict(recipe=zeroverse.recipe_name(shape.recipe), version=shape.recipe.version, dense_caption=shape.dense_caption, description=shape.description, parts=len(left),
-                surfaces=sum(len(part.surfaces) for part in left), cut=shape.cut is not None, hollow=any(part.hollow for part in left),
+    return dict(recipe=zeroverse.recipe_name(shape.recipe), version=shape.recipe.version, dense_caption=shape.dense_caption,
+                description=shape.description, parts=len(left), surfaces=sum(len(part.surfaces) for part in left), cut=shape.cut is not None, hollow=any(part.hollow for part in left),
                 wire=shape.wire is not None)
 
 # %% ../../nbs/data/07_make.ipynb #59017c85
@@ -442,7 +442,7 @@ def make_zeroverse(
     recipe, cameras, directory = recipe or zeroverse.PRIMITIVES, cameras or partial(all_around, views=views), Path(directory)
     settings = dict(size=size, supersample=supersample, camera_seed=camera_seed, image_format=image_format, light=light,
                     light_resolution=light_resolution, passes=tuple(name for name in PASSES if name in passes))
-    noted = dict(version=zeroverse.VERSION, recipe=recipe, cameras=_describe(cameras), **settings, samples_per_shard=samples_per_shard)
+    noted = dict(version=zeroverse.VERSION, renderer=RENDERER, recipe=recipe, cameras=_describe(cameras), **settings, samples_per_shard=samples_per_shard)
     attempt = partial(attempt_sample, recipe=recipe, cameras=cameras, **settings)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -503,7 +503,7 @@ def _check_settings(path, settings):
     if not path.exists():
         write_json(path, settings)
         return
-    before = {"light": "dome", "passes": [], "samples_per_shard": settings.get("samples_per_shard")} | read_json(path)       # settings newer than the file
+    before = {"renderer": 1, "light": "dome", "passes": [], "samples_per_shard": settings.get("samples_per_shard")} | read_json(path)       # settings newer than the file
     before |= {name: fields | before[name] for name, fields in defaults.items() if isinstance(before.get(name), dict)}   # fields newer than the file
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
