@@ -114,8 +114,8 @@ def shape_facts(
     "What the catalog says about how a shape was made."
     left = [part for part in shape.parts if part.removed < 1]
     return dict(recipe=zeroverse.recipe_name(shape.recipe), version=shape.recipe.version, dense_caption=shape.dense_caption,
-                description=shape.description, parts=len(left), surfaces=sum(len(part.surfaces) for part in left), cut=shape.cut is not None, hollow=any(part.hollow for part in left),
-                wire=shape.wire is not None)
+                description=shape.description, parts=len(left), surfaces=sum(len(part.surfaces) for part in left),
+                cut=shape.cut is not None, hollow=any(part.hollow for part in left), wire=shape.wire is not None)
 
 # %% ../../nbs/data/07_make.ipynb #59017c85
 class Attempt(NamedTuple):
@@ -503,7 +503,8 @@ def _check_settings(path, settings):
     if not path.exists():
         write_json(path, settings)
         return
-    before = {"renderer": 1, "light": "dome", "passes": [], "samples_per_shard": settings.get("samples_per_shard")} | read_json(path)       # settings newer than the file
+    newer = {"renderer": 1, "light": "dome", "passes": [], "samples_per_shard": settings.get("samples_per_shard")}      # settings newer than some files
+    before = newer | read_json(path)
     before |= {name: fields | before[name] for name, fields in defaults.items() if isinstance(before.get(name), dict)}   # fields newer than the file
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
