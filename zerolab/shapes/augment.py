@@ -86,22 +86,28 @@ def _mend(normals, length, positions, faces):
 MITRE = 8         # the largest power with which a wall turns into an edge
 
 
+def _to_the(power, values):
+    "Values to a whole power. Spelled out: processors differ in the last bit of theirs."
+    return values if power == 1 else values * _to_the(power - 1, values)
+
+
 def _outward(kind, points, half_extents, power):
     "How a point of the primitive [-1,1]^3 moves for each unit of wall: [N,3] in its stretched frame, outward."
     x, y, z = points.T
     ring = np.hypot(x, y)
     lateral = points[:, :2] / half_extents[:2]
     lateral = lateral / np.maximum(np.linalg.norm(lateral, axis=1, keepdims=True), 1e-300)
-    if kind == "cube": return np.sign(points) * np.abs(points)**power
-    if kind == "cylinder": return np.c_[lateral * (ring**power)[:, None], np.sign(z) * np.abs(z)**power]
+    if kind == "cube": return np.sign(points) * _to_the(power, np.abs(points))
+    if kind == "cylinder": return np.c_[lateral * _to_the(power, ring)[:, None], np.sign(z) * _to_the(power, np.abs(z))]
     if kind == "cone":
         steep = np.linalg.norm(points[:, :2] / half_extents[:2], axis=1) / np.maximum(ring, 1e-300)
         cosine, sine = np.stack([steep, np.full_like(steep, .5 / half_extents[2])]) / np.hypot(steep, .5 / half_extents[2])
-        low, base = ((1 - z) / 2)**power, z == -1
+        low, high, base = _to_the(power, (1 - z) / 2), _to_the(power, (1 + z) / 2), z == -1
         edge = np.c_[lateral * ((1 + sine) / np.maximum(cosine, 1e-300))[:, None], np.full_like(z, -1.)]
         side = np.c_[lateral * cosine[:, None], sine]
-        side = side * (1 - ((1 + z) / 2)**power)[:, None] + [0, 0, 1] * (((1 + z) / 2)**power)[:, None]
-        return np.where(base[:, None], edge * np.c_[ring**power, ring**power, np.ones_like(ring)], side + (edge - side) * low[:, None])
+        side = side * (1 - high)[:, None] + [0, 0, 1] * high[:, None]
+        rim = _to_the(power, ring)
+        return np.where(base[:, None], edge * np.c_[rim, rim, np.ones_like(ring)], side + (edge - side) * low[:, None])
     tube = points if kind == "sphere" else points - np.c_[(1 - TUBE) * points[:, :2] / np.maximum(ring, 1e-300)[:, None], np.zeros_like(z)]
     normals = tube / half_extents
     return normals / np.linalg.norm(normals, axis=1, keepdims=True)
@@ -123,7 +129,7 @@ def shrink(
         raise ValueError(f"shrink: a {kind} of resolution {resolution} has {len(plain)} vertices, the geometry has {len(geometry.positions)}")
     steep = np.hypot(1 / half_extents[:2], .5 / half_extents[2])
     reach = min([thinnest, *1 / (steep + .5 / half_extents[2])]) if kind == "cone" else thinnest      # of an edge: the sharper, the farther it moves
-    moves = _outward(kind, plain, half_extents, np.clip(reach / (2 * thickness), 1, MITRE))
+    moves = _outward(kind, plain, half_extents, int(np.clip(reach / (2 * thickness), 1, MITRE)))
     place = weld(geometry.positions)
     moves = moves[first_of(place)[place]]       # seams stay closed to the bit
     return geometry._replace(positions=geometry.positions - thickness * np.einsum("jk,nk->nj", np.array(rotation), moves))
