@@ -90,18 +90,19 @@ def test_make_and_download_pass_on_what_they_were_told(monkeypatch, tmp_path, ca
     failures = [0]
     monkeypatch.setattr("zerolab.data.catalog.query", lambda *args: [dict(n=failures[0])])
     make = ["make", str(tmp_path / "z"), "--objects", "3", "--seed", "10", "--views", "4", "--size", "32", "--workers", "1"]
-    defaults = dict(views=32, size=512, workers=1, image_format="jpeg", light="dome", light_resolution=256, passes=(), supersample=2, camera_seed=0,
-                    samples_per_shard=256, retry=None, verify=False)
+    defaults = dict(views=32, size=512, workers=1, image_format="jpeg", light="dome", light_resolution=256, passes=(), renderer="cpu", supersample=2,
+                    camera_seed=0, samples_per_shard=256, retry=None, verify=False)
     assert cli.main(make) == 0
     assert calls.pop() == ((tmp_path / "z", range(10, 13), PAPER), defaults | dict(views=4, size=32))
-    flags = ["--recipe", "primitives", "--format", "webp", "--light", "environment", "--light-resolution", "64", "--supersample", "3", "--camera-seed", "7",
+    flags = ["--recipe", "primitives", "--format", "webp", "--light", "environment", "--light-resolution", "64", "--renderer", "gl", "--supersample", "3",
+             "--camera-seed", "7",
              "--passes", "depth", "normals", "--samples-per-shard", "1", "--part", "2/3", "--retry", "seed < 9", "--verify"]
     failures[0] = 1
     assert cli.main([*make, *flags]) == 1, "an object failed"
     assert "0 objects with 4 views" in capsys.readouterr().out
     assert calls.pop() == ((tmp_path / "z", range(11, 12), PRIMITIVES), dict(
         views=4, size=32, workers=1, image_format="webp", light="environment", light_resolution=64, supersample=3, camera_seed=7, samples_per_shard=1,
-        passes=("depth", "normals"),
+        passes=("depth", "normals"), renderer="gl",
         retry="seed < 9", verify=True))
     assert cli.main([*make, "--retry"]) == 1 and calls.pop()[1]["retry"] == "true"
     (tmp_path / "photos/wood").mkdir(parents=True)

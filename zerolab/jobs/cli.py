@@ -62,8 +62,8 @@ def make_command(
     if options.materials: recipe = with_materials(recipe, options.materials, options.materials_probability)
     make_zeroverse(options.directory, seeds, recipe, views=options.views, size=options.size, workers=options.workers,
                    image_format=options.format, light=options.light, light_resolution=options.light_resolution, passes=tuple(options.passes),
-                   supersample=options.supersample, camera_seed=options.camera_seed, samples_per_shard=options.samples_per_shard,
-                   retry=options.retry, verify=options.verify)
+                   renderer=options.renderer, supersample=options.supersample, camera_seed=options.camera_seed,
+                   samples_per_shard=options.samples_per_shard, retry=options.retry, verify=options.verify)
     failed = query(options.directory, f"SELECT count(*) AS n FROM failures WHERE seed BETWEEN {seeds[0]} AND {seeds[-1]}")[0]["n"]
     print(f"zerolab: {len(seeds) - failed} objects with {options.views} views each in {options.directory}")
     return 1 if failed else 0
@@ -153,6 +153,7 @@ def _add_data(verbs):
     add.add_argument("--light", default="dome", help="dome (white), or environment: a random sky for each shape (default: %(default)s)")
     add.add_argument("--light-resolution", type=_positive, default=256, metavar="PIXELS", help="of the shadows (default: %(default)s)")
     add.add_argument("--passes", nargs="+", default=(), metavar="PASS", help="store depth, normals or both beside the pictures")
+    add.add_argument("--renderer", default="cpu", help="cpu, or gl: OpenGL on a graphics card (default: %(default)s)")
     add.add_argument("--supersample", type=_positive, default=2, metavar="N", help="samples on each side of a pixel (default: %(default)s)")
     add.add_argument("--camera-seed", type=int, default=0, help="other cameras and skies for the same shapes (default: %(default)s)")
     add.add_argument("--samples-per-shard", type=_positive, default=256, metavar="N", help="shapes in one file (default: %(default)s)")

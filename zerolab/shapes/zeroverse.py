@@ -67,8 +67,7 @@ class Recipe:
     version: int = VERSION                 # enters every random stream
 
     def __post_init__(self):
-        for name in vars(self):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if name.endswith("_probability") and not 0 <= value <= 1: raise ValueError(f"Recipe: {name} {value} is no probability, use 0 to 1")
         if self.materials_probability and not (self.materials and self.materials_fingerprint):
             raise ValueError("Recipe: materials_probability needs a folder and its fingerprint: use with_materials(recipe, folder, probability)")
