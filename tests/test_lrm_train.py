@@ -151,9 +151,9 @@ def learn_one_object(seed, size, steps, out, learning_rate):
 
 
 def test_one_object_in_80_steps(tmp_path):
-    "Measured: 24.6 dB before, 28.7 after."
+    "A cone with a weave as fine as the pixels. Measured: 18.3 dB before, 26.2 after."
     before, after = learn_one_object(1, size=32, steps=80, out=tmp_path, learning_rate=1e-3)
-    assert after > 27.5 and after > before + 3, f"{before:.2f} -> {after:.2f} dB"
+    assert after > 25 and after > before + 6, f"{before:.2f} -> {after:.2f} dB"
 
 
 @pytest.mark.slow
