@@ -24,7 +24,7 @@ from zerolab.shapes import zeroverse
 from zerolab.shapes.zeroverse import PAPER, RELEASE, THINGS, Recipe, make_shape
 from zerolab.view import play as module
 from zerolab.view.play import NAMED, Controls, MeshView, Studio, Worker, play, recipe_code
-from zerolab.view.splats import find_opengl
+from zerolab.view.gl import find_opengl
 
 NAMES = {**vars(zeroverse), "replace": replace}
 

@@ -13,7 +13,9 @@ from chromium import BINARY, Browser
 from zerolab.render.splats import render_splats
 from zerolab.scene.cameras import orbit
 from zerolab.scene.gaussians import Gaussians, rgb_to_sh
-from zerolab.view.splats import SCALE_UNIT, find_opengl, pack_splats, splat_html, view
+from zerolab.view.gl import find_opengl
+from zerolab.view.local import SCALE_UNIT, pack_splats, splat_html
+from zerolab.view.splats import view
 
 
 def cloud(count=1500, degree=0, seed=0):
