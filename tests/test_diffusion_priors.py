@@ -539,7 +539,7 @@ def broken(folder, tmp_path, file, change):
     ("unet", "unet/diffusion_pytorch_model.safetensors", None, "has no .safetensors file"),
     ("unet", "text_encoder/model.safetensors", None, "has no .safetensors file"),
     ("unet", "text_encoder/config.json", {"model_type": "gemma"}, "text encoder 'gemma'"),
-    ("views", "model_index.json", {"layout": "stacked"}, "layout is 'stacked'")])
+    ("views", "model_index.json", {"layout": "canvas"}, "layout 'canvas', and several views of a unet are 'views'")])
 def test_one_clear_error_each(checkpoints, tmp_path, kind, file, change, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error: load_prior(broken(checkpoints[kind], tmp_path, file, change))
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -581,7 +581,7 @@ def test_bad_calls(checkpoints):
     flat = load_prior(checkpoints["unet"])
     with pytest.raises(ValueError, match="does not know cameras"):
         flat.eps(torch.zeros(1, 4, 8, 8), t, flat.condition(["a cube"]) | {"camera": torch.zeros(1, 16)})
-    with pytest.raises(ValueError, match="a condition with text of 1, pooled of 1"):
+    with pytest.raises(ValueError, match="a condition with text of 1, mask of 1, pooled of 1"):
         flat.eps(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]), flat.condition(["a cube"]))
 
 

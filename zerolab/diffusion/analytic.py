@@ -87,8 +87,7 @@ class MixturePrior(Prior):
         prompt = cond["prompt"].cpu()
         for rows, tables in (((prompt >= 0).nonzero()[:, 0], (self.weights, self.means, self.stds)),
                              ((prompt < 0).nonzero()[:, 0], (self.all_weights, self.all_means, self.all_stds))):
-            known = prompt[rows].clamp(min=0)
-            if len(rows): yield rows, *(table[known] for table in tables)
+            if len(rows): yield rows, *(table[prompt[rows].clamp(min=0)] for table in tables)
 
     def output(self, x_t, t, cond):
         check_inputs(self, x_t, t, cond)

@@ -89,16 +89,13 @@ class TimestepPolicy:
 
     def mass(self, intervals: Tensor) -> Tensor:
         "The share [...] of the density that lies inside intervals [...,2]."
-        below = self._below()
+        below = _below(self.density)
         first, end = self.t_range(intervals)
         return below[end] - below[first]
 
-    def sample(self,
-        generator: torch.Generator,
-        intervals: Tensor,        # [B,2] least and most sigma/alpha, one pair a sample
-    ) -> tuple[Tensor, Tensor]:   # t [B] whole numbers, weight [B] float32 of the loss
-        "Draw a timestep for each sample of a batch."
-        below, (first, end) = self._below(), self.t_range(intervals)
+    def sample(self, generator: torch.Generator, intervals: Tensor) -> tuple[Tensor, Tensor]:
+        "Draw timesteps [B] for samples with intervals [B,2]; the second answer are the weights [B] of their losses."
+        below, (first, end) = _below(self.density), self.t_range(intervals)
         empty = below[end] - below[first] <= 0
         if empty.any():
             raise ValueError(f"TimestepPolicy: the density is 0 in {torch.as_tensor(intervals)[empty][0].tolist()}, so no timestep can be drawn")
@@ -107,18 +104,15 @@ class TimestepPolicy:
         t = torch.minimum(torch.maximum(t, first), end - 1)
         return t, self.weighting[t].float()
 
-    def marginal(self,
-        intervals: Tensor,        # [S,2] least and most sigma/alpha, of samples or sources
-        amounts: Tensor,          # [S] how many samples each
-    ) -> Tensor:                  # [T] how often each t is seen when every sample is seen once; sums to the sum of amounts
-        "The exact distribution over t that training on these samples has."
+    def marginal(self, intervals: Tensor, amounts: Tensor) -> Tensor:
+        "How often each t [T] is seen when `amounts` [S] samples with intervals [S,2] are seen once each: exact, without a draw."
         t = torch.arange(self.schedule.T)
         first, end = (edge[:, None] for edge in self.t_range(intervals))
         allowed = ((t >= first) & (t < end))*self.density
         return (torch.as_tensor(amounts, dtype=torch.float64)[:, None]*allowed/allowed.sum(1, keepdim=True)).sum(0)
 
-    def _below(self):
-        return torch.cat([self.density.new_zeros(1), self.density.cumsum(0)])
+def _below(density):
+    return torch.cat([density.new_zeros(1), density.cumsum(0)])
 
 # %% ../../nbs/diffusion/01_timesteps.ipynb #ccc7bc2d
 def even_over_t(
