@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from zerolab.diffusion.hub import ask_network, load_prior, random_text_encoder
-from zerolab.diffusion.multiview import BASE, BASE_UNET, SMALL, SMALL_UNET, TINY, TINY_UNET, build_network, parameter_count, sample_views, save_multiview
+from zerolab.diffusion.multiview import (BASE, BASE_UNET, SMALL, SMALL_UNET, TINY, TINY_UNET, build_network, parameter_count, sample_views,
+                                         save_multiview)
 from zerolab.diffusion.priors import ddim_sample, even_timesteps, noise_schedule
 from zerolab.diffusion.views import AcrossViews
 from zerolab.scene.cameras import orbit
@@ -48,7 +49,8 @@ def test_base_unet_has_the_weights_of_stable_diffusion_2_and_a_camera():
     "By the published configuration of Stable Diffusion 2.1 (unet/config.json)."
     import diffusers
     with torch.device("meta"):
-        theirs = diffusers.UNet2DConditionModel(sample_size=64, attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, use_linear_projection=True)
+        theirs = diffusers.UNet2DConditionModel(sample_size=64, attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024,
+                                                use_linear_projection=True)
         ours = build_network(BASE_UNET)
     one, two = ({name: value.shape for name, value in network.state_dict().items()} for network in (ours, theirs))
     assert {name: shape for name, shape in one.items() if not name.startswith("class_embedding")} == two
@@ -86,8 +88,8 @@ def test_objects_of_a_batch_do_not_see_each_other(folders, body):
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
 
 
-def test_attention_across_views_costs_the_images_their_independence_only_within_an_object(folders):
-    "Eight views of one object are read as well: nothing in the weights knows their number."
+def test_the_weights_do_not_know_how_many_views_there_are(folders):
+    "Eight views of one object, by the network that was made for four."
     prior = load_prior(folders["views", "epsilon"], views=8)
     cond = prior.condition(["a cone"], orbit(torch.arange(8)*45., 20.))
     x = torch.randn(1, 8, 3, 8, 8)
@@ -123,7 +125,8 @@ def test_flow_matching_is_sampled_by_its_own_scheduler(folders):
     torch.testing.assert_close(made, prior.decode(x).clamp(0, 1), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "DDPMScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "DDPMScheduler",
+                                  "PNDMScheduler"])
 def test_other_schedulers_reach_the_one_picture_a_perfect_network_knows(folders, name):
     "The network is replaced by one that knows a single picture: whatever way a scheduler steps, and whatever it scales, it must arrive there."
     import diffusers

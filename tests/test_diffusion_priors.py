@@ -10,8 +10,9 @@ from torch import nn
 
 from zerolab.diffusion.analytic import MixturePrior, SpectrumPrior, gaussian_prior, natural_spectrum, ring_prior
 from zerolab.diffusion.hub import KNOWN, CheckpointPrior, find_weights, load_prior, save_random_checkpoint
-from zerolab.diffusion.priors import (PREDICTION_TYPES, NoiseSchedule, Prior, cat_conditions, check_inputs, ddim_sample, even_timesteps, guide,
-                                      guided_eps, noise_schedule, per_sample, schedule_of, take_condition, to_eps, to_x0, training_target)
+from zerolab.diffusion.priors import (PREDICTION_TYPES, NoiseSchedule, Prior, cat_conditions, check_inputs, check_prediction_type, ddim_sample,
+                                      even_timesteps, guide, guided_eps, noise_schedule, per_sample, schedule_of, take_condition, to_eps, to_x0,
+                                      training_target)
 from zerolab.diffusion.views import camera_numbers, mvdream_unet, tile_views, untile_views
 from zerolab.scene.cameras import orbit
 
@@ -244,6 +245,22 @@ def test_a_real_float32_batch_keeps_its_type():
     assert eps.dtype == torch.float32 and eps.isfinite().all()
 
 
+@pytest.mark.parametrize("said", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("claimed", ["epsilon", "v_prediction", "sample"])
+def test_a_network_under_a_wrong_schedule_is_found_out(said, claimed):
+    "With noise against the others; between a picture and minus a picture pure noise cannot decide."
+    means = torch.randn(3, 2, 30, generator=torch.Generator().manual_seed(0))
+    honest = MixturePrior(means, 0.4, schedule=noise_schedule("linear", prediction_type=said))
+    prior = MixturePrior(means, 0.4, schedule=noise_schedule("linear", prediction_type=claimed))
+    prior.output = honest.output
+    cond = prior.condition([0, 1, 2, -1]*10)
+    if (said == "epsilon") == (claimed == "epsilon"):
+        share = check_prediction_type(prior, cond, torch.Generator().manual_seed(0))
+        assert abs(share - (said == "epsilon")) < 0.1
+    else:
+        with pytest.raises(ValueError, match=f"the schedule says {claimed}"): check_prediction_type(prior, cond, torch.Generator().manual_seed(0))
+
+
 # ---- checkpoints
 
 
@@ -300,6 +317,41 @@ def test_pixart_with_resolutions_and_its_old_name(tmp_path):
     with torch.no_grad():
         said = network(x, encoder_hidden_states=cond["text"], timestep=t, encoder_attention_mask=cond["mask"], added_cond_kwargs=added).sample
     torch.testing.assert_close(prior.eps(x, t, cond), said[:, :4])
+
+
+def test_stable_diffusions_files_as_they_are_on_the_hub(checkpoints, tmp_path):
+    "vocab.json and merges.txt in place of tokenizer.json, and text_model. before the names of the weights."
+    import shutil
+    folder = shutil.copytree(checkpoints["unet"], tmp_path/"old")
+    words, weights = folder/"tokenizer", folder/"text_encoder"/"model.safetensors"
+    table = json.loads((words/"tokenizer.json").read_text())["model"]
+    (words/"vocab.json").write_text(json.dumps(table["vocab"]))
+    (words/"merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in table["merges"]))
+    (words/"tokenizer.json").unlink()
+    ends = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+    (words/"tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="CLIPTokenizer", model_max_length=77, **ends)))
+    save_file({f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    prompts = ["a red cube, two balls", ""]
+    new, old = (load_prior(path).condition(prompts) for path in (checkpoints["unet"], folder))
+    assert set(new) == set(old) and all(torch.equal(new[name], old[name]) for name in new)
+
+
+def test_pixarts_tokenizer_as_it_is_on_the_hub(checkpoints, tmp_path):
+    "A model of sentencepiece, against sentencepiece itself."
+    import shutil
+    spm = pytest.importorskip("sentencepiece", reason="pip install sentencepiece: T5's tokenizer on the hub is one")
+    (tmp_path/"text").write_text("a red cube\ntwo blue balls\ngreen cone on a red ball\na cube and a ball\n"*50)
+    spm.SentencePieceTrainer.train(input=str(tmp_path/"text"), model_prefix=str(tmp_path/"spiece"), vocab_size=24, pad_id=0, eos_id=1, unk_id=2,
+                                   bos_id=-1, minloglevel=2)
+    folder = shutil.copytree(checkpoints["pixart"], tmp_path/"old")
+    shutil.rmtree(folder/"tokenizer")
+    (folder/"tokenizer").mkdir()
+    shutil.copy(tmp_path/"spiece.model", folder/"tokenizer")
+    settings = dict(tokenizer_class="T5Tokenizer", extra_ids=0, model_max_length=512, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    (folder/"tokenizer"/"tokenizer_config.json").write_text(json.dumps(settings))
+    prior, prompt = load_prior(folder), "two red cubes and a blue cone"
+    assert prior.tokenizer(prompt).input_ids == spm.SentencePieceProcessor(model_file=str(tmp_path/"spiece.model")).encode(prompt) + [1]
+    assert prior.condition([prompt])["mask"].sum() == len(prior.tokenizer(prompt).input_ids)
 
 
 def test_padding_of_t5_is_masked(checkpoints):

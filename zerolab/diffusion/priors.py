@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTION_TYPES', 'BETAS', 'NoiseSchedule', 'noise_schedule', 'schedule_of', 'per_sample', 'to_eps', 'to_x0',
            'training_target', 'cat_conditions', 'take_condition', 'Prior', 'check_inputs', 'guide', 'guided_output',
-           'guided_eps', 'even_timesteps', 'ddim_sample']
+           'guided_eps', 'check_prediction_type', 'even_timesteps', 'ddim_sample']
 
 # %% ../../nbs/diffusion/00_priors.ipynb #6483fada
 from dataclasses import dataclass
@@ -278,6 +278,24 @@ def guided_eps(
     output = guided_output(prior, x_t, t, cond, uncond, guidance_scale, rescale=rescale)
     alpha, sigma = (per_sample(level, x_t) for level in prior.alpha_sigma(t))
     return to_eps(output, x_t, alpha, sigma, prior.schedule.prediction_type)
+
+# %% ../../nbs/diffusion/00_priors.ipynb #9b97329b
+@torch.no_grad()
+def check_prediction_type(
+    prior: Prior,                 # with a trained network
+    cond: dict,                   # of some samples; more samples measure more exactly
+    generator: torch.Generator,   # on the CPU
+) -> float:                       # coefficient of pure noise in the output: near 1 for epsilon and flow, near 0 for v and sample
+    "Refuse a prior whose network does not say what its schedule claims."
+    rows = len(next(iter(cond.values())))
+    x = torch.randn(rows, *prior.shape, generator=generator).to(next(iter(cond.values())).device)
+    output = prior.output(x, torch.full((rows,), prior.T - 1, device=x.device), cond).to(x.dtype)
+    share, kind = float((output*x).sum()/(x*x).sum()), prior.schedule.prediction_type
+    repeats = kind in ("epsilon", "flow_prediction")
+    if (share > 0.5) != repeats:
+        raise ValueError(f"check_prediction_type: the schedule says {kind}, but of pure noise {share:.0%} is in the output, and "
+                         f"{'all' if repeats else 'none'} should be: try {'v_prediction' if repeats else 'epsilon'}, or train the network")
+    return share
 
 # %% ../../nbs/diffusion/00_priors.ipynb #94f59d1e
 def even_timesteps(
