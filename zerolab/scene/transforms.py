@@ -24,10 +24,11 @@ from .gaussians import Gaussians, matrix_to_quaternion, sh_basis, sh_to_rgb
 def _lattice(degree: int) -> tuple[Tensor, Tensor]:
     "Directions [m,3] spread over the sphere, and the pseudo-inverse [(degree+1)^2,m] of the harmonics there."
     count = 4*(degree + 1)**2
-    i = torch.arange(count, dtype=torch.float64) + 0.5
-    z, turn = 1 - 2*i/count, math.pi*(1 + math.sqrt(5))*i
-    directions = torch.stack([(1 - z*z).sqrt()*turn.cos(), (1 - z*z).sqrt()*turn.sin(), z], -1)
-    return directions, torch.linalg.pinv(sh_basis(directions, degree))
+    with torch.inference_mode(False):  # they are kept, and a training may want them later
+        i = torch.arange(count, dtype=torch.float64, device="cpu") + 0.5
+        z, turn = 1 - 2*i/count, math.pi*(1 + math.sqrt(5))*i
+        directions = torch.stack([(1 - z*z).sqrt()*turn.cos(), (1 - z*z).sqrt()*turn.sin(), z], -1)
+        return directions, torch.linalg.pinv(sh_basis(directions, degree))
 
 def sh_rotation(
     rotation: Tensor,  # [...,3,3] orthogonal: a turn, or a turn and a mirror
@@ -45,8 +46,9 @@ def rotate_sh(
     degree = math.isqrt(sh.shape[-2]) - 1
     if degree == 0: return sh
     matrix = sh_rotation(rotation, degree).to(sh.dtype)
-    if matrix.ndim == 2: return torch.einsum("jk,...kc->...jc", matrix, sh)
-    return matrix[..., None, :, :] @ sh
+    with torch.autocast(sh.device.type, enabled=False):
+        if matrix.ndim == 2: return torch.einsum("jk,...kc->...jc", matrix, sh)
+        return matrix[..., None, :, :] @ sh
 
 # %% ../../nbs/scene/02a_transforms.ipynb #6ce8787e
 def split_similarity(
@@ -77,7 +79,8 @@ def transform(
     scale, rotation, shift = split_similarity(matrix.double())
     quat = matrix_to_quaternion(rotation*torch.linalg.det(rotation).sign()[..., None, None])[..., None, :]
     scale, turn, shift, quat = (t.to(gaussians.dtype) for t in (scale, rotation, shift, quat))
-    means = gaussians.means @ (scale[..., None, None]*turn).mT + shift[..., None, :]
+    with torch.autocast(gaussians.device.type, enabled=False):
+        means = gaussians.means @ (scale[..., None, None]*turn).mT + shift[..., None, :]
     return Gaussians(means, multiply_quats(quat, gaussians.quats), gaussians.scales*scale[..., None, None], gaussians.opacities,
                      rotate_sh(gaussians.sh, rotation))
 
