@@ -192,7 +192,8 @@ def check_values(
         inner = (~good[(*batch, gaussian)]).nonzero()
         place = inner[0].tolist() if inner.numel() else []
         value = values[(*batch, gaussian, *place)].item()
-        raise ValueError(f"{where}: {name}{place or ''} of Gaussian {', '.join(map(str, [*batch, gaussian]))} is {value:g}, {need}: drop such Gaussians")
+        number = ", ".join(map(str, [*batch, gaussian]))
+        raise ValueError(f"{where}: {name}{place or ''} of Gaussian {number} is {value:g}, {need}: drop such Gaussians")
 
 # %% ../../nbs/scene/02_gaussians.ipynb #96cf8f9c
 _PLY_BLOCK = 1 << 20  # bytes that are worked on at a time
@@ -222,7 +223,8 @@ def save_ply(
     gaussians = gaussians.detach().to("cpu", torch.float32)
     check_values(gaussians, "save_ply")
     arrays, names = [t.numpy() for t in gaussians.tensors()], ply_columns(gaussians.sh_degree)
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(gaussians)}", *(f"property float {name}" for name in names), "end_header", ""]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(gaussians)}",
+              *(f"property float {name}" for name in names), "end_header", ""]
     step = max(1, _PLY_BLOCK//(4*len(names)))
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write("\n".join(header).encode())
@@ -284,7 +286,8 @@ def _ply_vertices(file, path: Path, order: str, elements: Sequence[PlyElement]) 
     if order:
         before = sum(e.count*e.kinds(order).itemsize for e in skipped)
         need = file.tell() + before + element.count*width
-        if need > size: raise ValueError(f"{path}: byte {size}: the file ends, but {element.count} vertices of {width} bytes need {need} bytes: truncated?")
+        if need > size:
+            raise ValueError(f"{path}: byte {size}: the file ends, but {element.count} vertices of {width} bytes need {need} bytes: truncated?")
         return element, before
     before = sum(e.count*len(e.properties) for e in skipped)
     if 2*(before + element.count*len(element.properties)) - 1 > size - file.tell():  # a digit and a blank for each value

@@ -68,7 +68,7 @@ def load_splat(
     with open(path, "rb") as file:
         size, start = os.fstat(file.fileno()).st_size, file.read(4)
         if start in (b"glTF", b"ply\n", b"ply\r") or start[:2] == b"\x1f\x8b": raise ValueError(f"{path}: not a .splat: it begins like {start!r}")
-        if size % _SPLAT.itemsize: raise ValueError(f"{path}: {size} bytes are no whole number of records of {_SPLAT.itemsize}: truncated, or not a .splat")
+        if size % _SPLAT.itemsize: raise ValueError(f"{path}: {size} bytes, need a multiple of {_SPLAT.itemsize}: truncated, or not a .splat")
         file.seek(0)
         rows = np.fromfile(file, _SPLAT)
     colors = rows["rgba"].astype(np.float32)/255
@@ -100,7 +100,8 @@ def save_khr(
     if not len(gaussians): raise ValueError("save_khr: no Gaussians, and glTF has no empty arrays: save another format")
     kinds, views, accessors, columns = {1: "SCALAR", 3: "VEC3", 4: "VEC4"}, [], [], dict(_khr_columns(transform(gaussians, _Y_UP)))
     for name, values in columns.items():
-        accessors.append(dict(bufferView=len(views), count=len(values), type=kinds[values.shape[1]], componentType=_FLOAT if values.dtype == np.float32 else _BYTE))
+        component = _FLOAT if values.dtype == np.float32 else _BYTE
+        accessors.append(dict(bufferView=len(views), count=len(values), type=kinds[values.shape[1]], componentType=component))
         if name == "POSITION": accessors[-1] |= dict(min=values.min(0).tolist(), max=values.max(0).tolist())
         if name == "COLOR_0": accessors[-1] |= dict(normalized=True)
         views.append(dict(buffer=0, byteOffset=sum(view["byteLength"] for view in views), byteLength=values.nbytes))
@@ -111,7 +112,8 @@ def save_khr(
                     meshes=[dict(primitives=[primitive])], accessors=accessors, bufferViews=views, buffers=[dict(byteLength=size)])
     text = json.dumps(document).encode()
     text += b" "*(-len(text) % 4)
-    if 28 + len(text) + size >= 1 << 32: raise ValueError(f"save_khr: {len(gaussians)} Gaussians take {size} bytes, and a .glb ends at 4 GiB: save .spz, or parts")
+    if 28 + len(text) + size >= 1 << 32:
+        raise ValueError(f"save_khr: {len(gaussians)} Gaussians take {size} bytes, and a .glb ends at 4 GiB: save .spz, or parts")
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(struct.pack("<4sIII4s", b"glTF", 2, 28 + len(text) + size, len(text), b"JSON") + text + struct.pack("<I4s", size, b"BIN\0"))
         for values in columns.values(): file.write(np.ascontiguousarray(values).data)
@@ -128,13 +130,15 @@ def _glb_chunks(path: Path) -> tuple[dict, np.ndarray]:
         version, length, text_length, kind = struct.unpack("<III4s", head[4:])
         if version != 2: raise ValueError(f"{path}: byte 4: glTF version {version}, need 2")
         if length > size: raise ValueError(f"{path}: byte {size}: the file ends, but its header promises {length} bytes: truncated?")
-        if kind != b"JSON" or text_length > min(size - 20, _JSON_LIMIT): raise ValueError(f"{path}: byte 12: a first chunk of {text_length} bytes, need JSON of at most {_JSON_LIMIT}")
+        if kind != b"JSON" or text_length > min(size - 20, _JSON_LIMIT):
+            raise ValueError(f"{path}: byte 12: a first chunk of {text_length} bytes, need JSON of at most {_JSON_LIMIT} within the file")
         try: document = json.loads(file.read(text_length))
         except (ValueError, RecursionError) as error: raise ValueError(f"{path}: byte 20: no JSON that can be read: {error}") from None
         if not isinstance(document, dict): raise ValueError(f"{path}: byte 20: the JSON is a {type(document).__name__}, need an object")
         at, head = file.tell(), file.read(8)
         count, kind = struct.unpack("<I4s", head) if len(head) == 8 else (0, b"")
-        if kind != b"BIN\0" or at + 8 + count > size: raise ValueError(f"{path}: byte {at}: a second chunk of {count} bytes, need BIN within the file's {size}: truncated?")
+        if kind != b"BIN\0" or at + 8 + count > size:
+            raise ValueError(f"{path}: byte {at}: a second chunk of {count} bytes, need BIN within the file's {size}: truncated?")
         return document, np.fromfile(file, np.uint8, count)
 
 def _entry(document: dict, name: str, index: Any, path: Path) -> dict:
@@ -251,7 +255,7 @@ def load_khr(
     for primitive, matrix in _khr_primitives(document, path):
         clouds.append(_khr_cloud(document, data, primitive, path))
         bytes_of_positions += 4*len(clouds[-1])  # glTF's least stride of a vertex
-        if bytes_of_positions > len(data): raise ValueError(f"{path}: more Gaussians than the file has positions for: an array is used again and again")
+        if bytes_of_positions > len(data): raise ValueError(f"{path}: more Gaussians than the file has positions for: an array is used too often")
         try: clouds[-1] = transform(clouds[-1], _Y_UP.T.double() @ torch.from_numpy(matrix))
         except ValueError as error: raise ValueError(f"{path}: a node with Gaussians cannot be used: {error}") from None
     if not clouds: raise ValueError(f"{path}: a glTF file without {_KHR}: a mesh? zerolab.data.scans.load_mesh reads those")
@@ -286,7 +290,8 @@ def _with_largest(which: np.ndarray, others: np.ndarray) -> np.ndarray:
     return quats
 
 # %% ../../nbs/scene/07_splat_files.ipynb #0a6448c0
-_BOUNDS = [f"{end}_{name}" for group in (("x", "y", "z"), ("scale_x", "scale_y", "scale_z"), ("r", "g", "b")) for end in ("min", "max") for name in group]
+_BOUNDED = ("x", "y", "z"), ("scale_x", "scale_y", "scale_z"), ("r", "g", "b")
+_BOUNDS = [f"{end}_{name}" for group in _BOUNDED for end in ("min", "max") for name in group]
 _PACKED = ["packed_position", "packed_rotation", "packed_scale", "packed_color"]
 _CHUNK = 256
 
@@ -365,8 +370,8 @@ def load_compressed_ply(
     if len(bounds) != chunks: raise ValueError(f"{path}: {len(bounds)} chunks for {count} Gaussians, need {chunks} of {_CHUNK}")
     def within(values, first):  # the bounds of each Gaussian's chunk
         with np.errstate(over="ignore", invalid="ignore"):
-            low, span = (x.repeat(_CHUNK, 0)[:count] for x in (bounds[:, first:first + 3], bounds[:, first + 3:first + 6] - bounds[:, first:first + 3]))
-            return low + values*span
+            low, high = bounds[:, first:first + 3], bounds[:, first + 3:first + 6]
+            return low.repeat(_CHUNK, 0)[:count] + values*(high - low).repeat(_CHUNK, 0)[:count]
     color = _unpacked(words[:, 3], (8, 8, 8, 8))
     rgb = within(color[:, :3], 12) if colored else color[:, :3]
     names = [f"f_rest_{i}" for i in range(len(tables["sh"].dtype.names or ()))] if "sh" in tables else []
@@ -426,7 +431,7 @@ def _spz_sections(path: Path) -> tuple[int, int, int, int, np.ndarray]:
         while left and (part := unzip.decompress(unzip.unconsumed_tail, min(left, 1 << 22))):
             parts.append(part)
             left -= len(part)
-        if not left and not unzip.decompress(unzip.unconsumed_tail, 1 << 16) and not unzip.eof:  # else an extension follows, or the check sum was right
+        if not left and not unzip.decompress(unzip.unconsumed_tail, 1 << 16) and not unzip.eof:  # neither an extension nor the check sum
             raise ValueError(f"{path}: the file ends before its check sum: truncated?")
     except zlib.error as error: raise ValueError(f"{path}: the gzip data are damaged: {error}") from None
     if left: raise ValueError(f"{path}: {need - left} bytes unzipped of {need} that {count} Gaussians need: truncated?")
@@ -439,7 +444,8 @@ def load_spz(
     path = Path(path)
     version, count, degree, bits, data = _spz_sections(path)
     widths = [9, 1, 3, 3, 4 if version == 3 else 3, 3*((degree + 1)**2 - 1)]
-    fixed, opacity, color, scale, turn, rest = (part.reshape(count, width) for part, width in zip(np.split(data, np.cumsum(widths)[:-1]*count), widths))
+    parts = np.split(data, np.cumsum(widths)[:-1]*count)
+    fixed, opacity, color, scale, turn, rest = (part.reshape(count, width) for part, width in zip(parts, widths))
     padded = np.zeros((count, 3, 4), np.uint8)  # 24 bits on top of a 32-bit word, which keeps the sign
     padded[..., 1:] = fixed.reshape(count, 3, 3)
     means = padded.view("<i4")[..., 0]/np.float32(2**(8 + bits))
@@ -449,7 +455,7 @@ def load_spz(
         others = (parts & np.uint32(511))/np.float32(511*2**0.5)*np.where(parts >> np.uint32(9), -1, 1)
         quats = _with_largest(words >> np.uint32(30), others)[:, [3, 0, 1, 2]]
     else: quats = _with_largest(np.zeros(count, int), turn/np.float32(127.5) - 1)
-    sh = np.concatenate([((color/np.float32(255) - 0.5)/_SPZ_COLOR)[:, None], (rest.reshape(count, -1, 3) if degree else rest.reshape(count, 0, 3))/np.float32(128) - 1], 1)
+    sh = np.concatenate([((color/np.float32(255) - 0.5)/_SPZ_COLOR)[:, None], rest.reshape(count, widths[-1]//3, 3)/np.float32(128) - 1], 1)
     cloud = _from_arrays(path, means, quats, np.exp(scale/np.float32(16) - 10), opacity[:, 0]/np.float32(255), sh)
     return transform(cloud, _Y_UP.T)
 
@@ -459,7 +465,8 @@ def _lost_in_splat(gaussians: Gaussians) -> list[str]:
     return _clipped("colours beyond 0 to 1", ((color < 0) | (color > 1)).any(-1))
 
 def _lost_in_compressed(gaussians: Gaussians) -> list[str]:
-    return _clipped("harmonics beyond -4 to 4", (gaussians.sh[:, 1:].abs() > 4).flatten(1).any(-1)) + ["the order of the Gaussians"]*(len(gaussians) > 1)
+    clipped = _clipped("harmonics beyond -4 to 4", (gaussians.sh[:, 1:].abs() > 4).flatten(1).any(-1))
+    return clipped + ["the order of the Gaussians"]*(len(gaussians) > 1)
 
 def _lost_in_spz(gaussians: Gaussians) -> list[str]:
     return (_clipped("colours beyond -0.44 to 1.44", (gaussians.sh[:, 0].abs() > 0.5/_SPZ_COLOR).any(-1)) +

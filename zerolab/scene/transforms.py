@@ -13,7 +13,6 @@ import math
 import operator
 from typing import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,8 +64,8 @@ def split_similarity(
         low, high = float(stretch.min()), float((stretch[..., 0]/stretch[..., 2]).max())
         if low <= 0: raise ValueError("transform: the matrix flattens space, need one with an inverse")
         if high > 1 + 1e-4:
-            raise ValueError(f"transform: the matrix stretches some directions {high:.4g} times as much as others (a shear or a scale that is not uniform), "
-                             "which harmonics cannot follow: use a uniform scale, or from_covariance(moved means, A @ covariances(gaussians) @ A.T, ...)")
+            raise ValueError(f"transform: the matrix stretches some directions {high:.4g} times as much as others (a shear or a scale that is not "
+                             "uniform), which harmonics cannot follow: use a uniform scale, or from_covariance with A @ covariances(gaussians) @ A.T")
     scale = torch.linalg.det(matrix[..., :3, :3]).abs()**(1/3)
     return scale, matrix[..., :3, :3]/scale[..., None, None], matrix[..., :3, 3]
 
@@ -100,7 +99,8 @@ def from_covariance(
     sh: Tensor,           # [...,N,(degree+1)^2,3], such as rgb_to_sh(rgb)[..., None, :]
 ) -> Gaussians:           # scales in ascending order; gradients go through means, opacities and sh
     "Gaussians of given covariances."
-    if covariances.shape != (*means.shape, 3): raise ValueError(f"from_covariance: covariances have shape {tuple(covariances.shape)}, need {[*means.shape, 3]}")
+    if covariances.shape != (*means.shape, 3):
+        raise ValueError(f"from_covariance: covariances have shape {tuple(covariances.shape)}, need {[*means.shape, 3]}")
     given = covariances.detach().double()
     bad = ~given.isfinite().flatten(-2).all(-1)
     if bad.any(): raise ValueError(f"from_covariance: the covariance of Gaussian {bad.nonzero()[0].tolist()} is not finite")
@@ -112,13 +112,15 @@ def from_covariance(
     variances, axes = torch.linalg.eigh((given + given.mT)/2)
     bad = variances[..., 0] < -1e-4*size
     if bad.any():
-        raise ValueError(f"from_covariance: the covariance of Gaussian {bad.nonzero()[0].tolist()} has the eigenvalue {variances[bad][0, 0]:.3g}, need 0 or more")
+        raise ValueError(f"from_covariance: the covariance of Gaussian {bad.nonzero()[0].tolist()} has the eigenvalue {variances[bad][0, 0]:.3g}, "
+                         "need 0 or more")
     axes = torch.cat([axes[..., :1]*torch.linalg.det(axes)[..., None, None], axes[..., 1:]], -1)
     return Gaussians(means, matrix_to_quaternion(axes).to(means.dtype), variances.clamp_min(0).sqrt().to(means.dtype), opacities, sh)
 
 # %% ../../nbs/scene/02a_transforms.ipynb #ad701688
 def _one_cloud(gaussians: Gaussians, verb: str) -> None:
-    if gaussians.means.ndim != 2: raise ValueError(f"{verb}: {gaussians} has batch axes, and each cloud would keep another number: take them from .unstack()")
+    if gaussians.means.ndim != 2:
+        raise ValueError(f"{verb}: {gaussians} has batch axes, and each cloud would keep another number: take them from .unstack()")
 
 def crop(
     gaussians: Gaussians,         # one scene
