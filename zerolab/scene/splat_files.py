@@ -73,6 +73,9 @@ def load_splat(
         rows = np.fromfile(file, _SPLAT)
     colors = rows["rgba"].astype(np.float32)/255
     quats = (rows["quat"].astype(np.float32) - 128)/128
+    lengths = np.linalg.norm(quats, axis=1)
+    wrong = np.flatnonzero(np.abs(lengths - 1) > 0.2)  # bytes round it by 0.02 at most
+    if len(wrong): raise ValueError(f"{path}: the quaternion of record {wrong[0]} has the length {lengths[wrong[0]]:.2f}, need 1: not a .splat?")
     return _from_arrays(path, rows["mean"], quats, rows["scale"], colors[:, 3], (colors[:, None, :3] - 0.5)/SH_C0)
 
 # %% ../../nbs/scene/07_splat_files.ipynb #c6968c3c
@@ -469,6 +472,7 @@ def _lost_in_compressed(gaussians: Gaussians) -> list[str]:
     return clipped + ["the order of the Gaussians"]*(len(gaussians) > 1)
 
 def _lost_in_spz(gaussians: Gaussians) -> list[str]:
+    gaussians = transform(gaussians, _Y_UP)  # as the file has it
     return (_clipped("colours beyond -0.44 to 1.44", (gaussians.sh[:, 0].abs() > 0.5/_SPZ_COLOR).any(-1)) +
             _clipped("harmonics beyond -1 to 1", (gaussians.sh[:, 1:].abs() > 1).flatten(1).any(-1)) +
             _clipped("scales beyond 4.5e-5 to 379", ((gaussians.scales < np.exp(-10)) | (gaussians.scales > np.exp(5.9375))).any(-1)))
