@@ -108,7 +108,7 @@ def test_positions_that_no_spz_holds(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("field, value, says", [("means", math.nan, "finite"), ("scales", -1., "need 0"), ("opacities", 1.5, "need 0 to 1"), ("quats", 0., "no rotation"),
+@pytest.mark.parametrize("field, value, says", [("means", math.nan, "finite"), ("scales", -1., "need 0"), ("opacities", 1.5, "need 0 to 1"), ("quats", 0., "rotation"),
                                                 ("sh", math.inf, "finite"), ("scales", math.inf, "finite")])
 def test_what_no_file_should_hold_is_not_written(tmp_path, suffix, field, value, says):
     bad = cloud(5)

@@ -180,20 +180,16 @@ def check_values(
     where: str,            # how the message begins: a file, or the function that was called
 ) -> None:
     "Raise a ValueError that names the first Gaussian with a value that is none."
-    lengths = torch.linalg.vector_norm(gaussians.quats, dim=-1)
-    rules = [(name, values, values.isfinite(), "need a finite number")
-             for name, values in zip(("means", "quats", "scales", "opacities", "sh"), gaussians.tensors())]
-    rules += [("scales", gaussians.scales, gaussians.scales >= 0, "need 0 or more"),
-              ("opacities", gaussians.opacities, (gaussians.opacities >= -1e-6) & (gaussians.opacities <= 1 + 1e-6), "need 0 to 1"),
-              ("length of quats", lengths, (lengths > 1e-12) & (lengths < 1e18), "which is no rotation")]
-    for name, values, good, need in rules:
-        if good.all(): continue
-        *batch, gaussian = (~good).nonzero()[0].tolist()[:gaussians.means.ndim - 1]
-        inner = (~good[(*batch, gaussian)]).nonzero()
-        place = inner[0].tolist() if inner.numel() else []
-        value = values[(*batch, gaussian, *place)].item()
-        number = ", ".join(map(str, [*batch, gaussian]))
-        raise ValueError(f"{where}: {name}{place or ''} of Gaussian {number} is {value:g}, {need}: drop such Gaussians")
+    most = torch.finfo(gaussians.dtype).max
+    rules = [(name, values, -most, most, "a finite number") for name, values in (("means", gaussians.means), ("quats", gaussians.quats), ("sh", gaussians.sh))]
+    rules += [("scales", gaussians.scales, 0., most, "0 or more, and finite"), ("opacities", gaussians.opacities, -1e-6, 1 + 1e-6, "0 to 1"),
+              ("length of quats", torch.linalg.vector_norm(gaussians.quats.detach(), dim=-1), 1e-12, 1e18, "1e-12 to 1e18 to be a rotation")]
+    for name, values, low, high, need in rules:
+        values = values.detach()
+        if not values.numel() or all(low <= extreme <= high for extreme in values.aminmax()): continue  # NaN is the extreme of what holds it
+        place, lead = (~((values >= low) & (values <= high))).nonzero()[0].tolist(), gaussians.means.ndim - 1
+        number, inner = ", ".join(map(str, place[:lead])), place[lead:] or ""
+        raise ValueError(f"{where}: {name}{inner} of Gaussian {number} is {values[tuple(place)].item():g}, need {need}: drop such Gaussians")
 
 # %% ../../nbs/scene/02_gaussians.ipynb #96cf8f9c
 _PLY_BLOCK = 1 << 20  # bytes that are worked on at a time

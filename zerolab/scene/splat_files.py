@@ -262,7 +262,7 @@ def load_khr(
         try: clouds[-1] = transform(clouds[-1], _Y_UP.T.double() @ torch.from_numpy(matrix))
         except ValueError as error: raise ValueError(f"{path}: a node with Gaussians cannot be used: {error}") from None
     if not clouds: raise ValueError(f"{path}: a glTF file without {_KHR}: a mesh? zerolab.data.scans.load_mesh reads those")
-    cloud = merge(clouds)
+    cloud = clouds[0] if len(clouds) == 1 else merge(clouds)
     check_values(cloud, str(path))  # a node can move them out of sight
     return cloud
 
