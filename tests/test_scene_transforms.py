@@ -6,14 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerolab.scene.gaussians import Gaussians, covariances, eval_sh, matrix_to_quaternion, rotation_matrices
-from zerolab.scene.transforms import ATTRIBUTES, crop, from_covariance, merge, multiply_quats, rotate_sh, select, sh_rotation, transform, with_sh_degree
+from zerolab.scene.transforms import (ATTRIBUTES, crop, from_covariance, merge, multiply_quats, rotate_sh, select, sh_rotation, transform,
+                                      with_sh_degree)
 
 
 def draw(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 def unit(x): return torch.nn.functional.normalize(x, dim=-1)
 def rotation(seed=0): return rotation_matrices(draw(4, seed=seed + 100))
-def cloud(count=30, degree=3, seed=0): return Gaussians(draw(count, 3, seed=seed), draw(count, 4, seed=seed + 1), draw(count, 3, seed=seed + 2).sub(2).exp(),
-                                                        draw(count, seed=seed + 3).sigmoid(), draw(count, (degree + 1)**2, 3, seed=seed + 4))
+def cloud(count=30, degree=3, seed=0):
+    return Gaussians(draw(count, 3, seed=seed), draw(count, 4, seed=seed + 1), draw(count, 3, seed=seed + 2).sub(2).exp(),
+                     draw(count, seed=seed + 3).sigmoid(), draw(count, (degree + 1)**2, 3, seed=seed + 4))
 
 
 def similarity(seed=0, scale=1.7, mirror=False):
@@ -93,7 +95,8 @@ def test_autocast_changes_no_bit():
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda m: m[:3, :3].mul_(torch.tensor([1., 1, 1.01])), "1.01 times"), (lambda m: m[:3, :3].copy_(torch.eye(3) + torch.tensor([[0., 0.3, 0], [0, 0, 0], [0, 0, 0]])), "shear"),
+    (lambda m: m[:3, :3].mul_(torch.tensor([1., 1, 1.01])), "1.01 times"),
+    (lambda m: m[:3, :3].copy_(torch.eye(3) + torch.tensor([[0., 0.3, 0], [0, 0, 0], [0, 0, 0]])), "shear"),
     (lambda m: m[:3].zero_(), "flattens"), (lambda m: m[3].fill_(0.5), "last row"), (lambda m: m[0].fill_(float("nan")), "not finite")])
 def test_what_cannot_be_followed_is_refused(change, says):
     matrix = similarity(); change(matrix)
@@ -138,7 +141,8 @@ def test_gradients_of_from_covariance():
     assert all((leaf.grad == 1).all() for leaf in leaves) and shapes.grad is None
 
 
-@pytest.mark.parametrize("change, says", [(lambda c: c[3, 0, 1].add_(1), "not symmetric"), (lambda c: c[3].neg_(), "eigenvalue"), (lambda c: c[3, 0, 0].fill_(float("inf")), "not finite")])
+@pytest.mark.parametrize("change, says", [(lambda c: c[3, 0, 1].add_(1), "not symmetric"), (lambda c: c[3].neg_(), "eigenvalue"),
+    (lambda c: c[3, 0, 0].fill_(float("inf")), "not finite")])
 def test_no_covariances(change, says):
     g = cloud(); covariance = covariances(g); change(covariance)
     with pytest.raises(ValueError, match=rf"Gaussian \[3\] .*{says}"): from_covariance(g.means, covariance, g.opacities, g.sh)
@@ -158,15 +162,19 @@ def test_no_covariances(change, says):
 def test_conditions_are_numpys(condition, oracle):
     g = cloud(300)
     means, scales, sh = g.means.numpy(), g.scales.numpy(), g.sh.numpy()
-    table = dict(zip("xyz", means.T)) | dict(opacity=g.opacities.numpy(), scale_min=scales.min(1), scale_max=scales.max(1), distance=np.linalg.norm(means, axis=1),
-                                             index=np.arange(300)) | {c: 0.5 + 0.28209479177387814*sh[:, 0, i] for i, c in enumerate(("red", "green", "blue"))}
+    table = dict(zip(("x", "y", "z", "red", "green", "blue"), [*means.T, *(0.5 + 0.28209479177387814*sh[:, 0].T)]))
+    table |= dict(opacity=g.opacities.numpy(), scale_min=scales.min(1), scale_max=scales.max(1), distance=np.linalg.norm(means, axis=1),
+                  index=np.arange(300))
     assert set(table) == set(ATTRIBUTES)
     np.testing.assert_array_equal(select(g, condition).means, means[oracle(table)])
 
 
-@pytest.mark.parametrize("condition", ["", "x", "x >", "x == 1", "x > 'a'", "f(x) > 1", "x.data > 1", "x[0] > 1", "lambda: 1", "(x := 1) > 0", "x > 1; y", "True", "x > True", "not x",
-                                       "x and y", "(x > 1) + 1 > 0", "x ** 9 ** 9 > 1", "x if y else z", "[x for x in y]", "__import__('os')", "x > 9e999**2", "x > " + "9"*900,
-                                       "("*300 + "x" + ")"*300 + " > 0", "-"*900 + "x > 0", "x > 1"*500, "x > 1\0", "x > 1j", "opacities > 1", "é > 1", "x in y", "x > nan", "... > 1"])
+@pytest.mark.parametrize("condition", ["", "x", "x >", "x == 1", "x > 'a'", "f(x) > 1", "x.data > 1", "x[0] > 1", "lambda: 1", "(x := 1) > 0",
+                                       "x > 1; y", "True", "x > True", "not x",
+                                       "x and y", "(x > 1) + 1 > 0", "x ** 9 ** 9 > 1", "x if y else z", "[x for x in y]", "__import__('os')",
+                                       "x > 9e999**2", "x > " + "9"*900,
+                                       "("*300 + "x" + ")"*300 + " > 0", "-"*900 + "x > 0", "x > 1"*500, "x > 1\0", "x > 1j", "opacities > 1",
+                                       "é > 1", "x in y", "x > nan", "... > 1"])
 def test_conditions_that_are_none(condition):
     with pytest.raises(ValueError, match="^select: ") as caught: select(cloud(), condition)
     assert len(str(caught.value)) < 2500

@@ -181,7 +181,7 @@ def check_values(
 ) -> None:
     "Raise a ValueError that names the first Gaussian with a value that is none."
     most = torch.finfo(gaussians.dtype).max
-    rules = [(name, values, -most, most, "a finite number") for name, values in (("means", gaussians.means), ("quats", gaussians.quats), ("sh", gaussians.sh))]
+    rules = [(name, getattr(gaussians, name), -most, most, "a finite number") for name in ("means", "quats", "sh")]
     rules += [("scales", gaussians.scales, 0., most, "0 or more, and finite"), ("opacities", gaussians.opacities, -1e-6, 1 + 1e-6, "0 to 1"),
               ("length of quats", torch.linalg.vector_norm(gaussians.quats.detach(), dim=-1), 1e-12, 1e18, "1e-12 to 1e18 to be a rotation")]
     for name, values, low, high, need in rules:
@@ -286,8 +286,9 @@ def _ply_vertices(file, path: Path, order: str, elements: Sequence[PlyElement]) 
             raise ValueError(f"{path}: byte {size}: the file ends, but {element.count} vertices of {width} bytes need {need} bytes: truncated?")
         return element, before
     before = sum(e.count*len(e.properties) for e in skipped)
-    if 2*(before + element.count*len(element.properties)) - 1 > size - file.tell():  # a digit and a blank for each value
-        raise ValueError(f"{path}: byte {size}: the file ends, but {element.count} vertices of {len(element.properties)} values cannot fit: truncated?")
+    columns = len(element.properties)
+    if 2*(before + element.count*columns) - 1 > size - file.tell():  # a digit and a blank for each value
+        raise ValueError(f"{path}: byte {size}: the file ends, but {element.count} vertices of {columns} values cannot fit: truncated?")
     return element, before
 
 # %% ../../nbs/scene/02_gaussians.ipynb #ce87a413
