@@ -462,6 +462,13 @@ def test_glb_with_two_clouds_and_a_mesh(tmp_path):
     (tmp_path/"a.glb").write_bytes(glb(document, rows.tobytes())); assert len(load_khr(tmp_path/"a.glb")) == 6
 
 
+def test_linear_light_is_said(tmp_path):
+    document, rows = interleaved()
+    document["meshes"][0]["primitives"][0]["extensions"][K]["colorSpace"] = "lin_rec709_display"
+    (tmp_path/"a.glb").write_bytes(glb(document, rows.tobytes()))
+    with pytest.warns(UserWarning, match="a.glb: colours are of linear light"): load_khr(tmp_path/"a.glb")
+
+
 def put(*path_and_value):
     *path, last, value = path_and_value
     def change(document):

@@ -11,6 +11,7 @@ __all__ = ['FORMATS', 'save_splat', 'load_splat', 'save_khr', 'load_khr', 'morto
 import json
 import os
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,7 @@ def _khr_cloud(document: dict, data: np.ndarray, primitive: dict, path: Path) ->
     if extension.get("kernel") != "ellipse": raise ValueError(f"{path}: the kernel is {str(extension.get('kernel'))[:40]!r}, need 'ellipse'")
     if extension.get("colorSpace") not in ("srgb_rec709_display", "lin_rec709_display"):
         raise ValueError(f"{path}: the colorSpace is {str(extension.get('colorSpace'))[:40]!r}, need srgb_rec709_display or lin_rec709_display")
+    if extension["colorSpace"] == "lin_rec709_display": warnings.warn(f"{path}: colours are of linear light; drawn as sRGB they look too dark")
     def read(name: str, kind: str) -> np.ndarray:
         if name not in attributes: raise ValueError(f"{path}: a primitive lacks {name}")
         values = _accessor(document, data, attributes[name], kind, path)
