@@ -24,7 +24,7 @@ from torch import Tensor
 from .projection import ALPHA_MAX, ALPHA_MIN, CLAMP_MARGIN, TRANSMITTANCE_MIN
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #a4750f8e
-TILE_WIDTH, TILE_HEIGHT = 8, 16
+TILE_WIDTH, TILE_HEIGHT = 8, 32
 TILE_PIXELS = TILE_WIDTH * TILE_HEIGHT
 CENTRE_X, CENTRE_Y, CONIC_A, CONIC_B, CONIC_C, LOG_OPACITY, RED, GREEN, BLUE, DEPTH = range(10)   # the columns of a splat; log2 of the opacity
 COLUMNS = 10
@@ -383,17 +383,19 @@ def _rows_in_front(rows, entry, deepest, k):
 # %% ../../nbs/render/03_splats_cpu.ipynb #a5a65907
 @njit(parallel=True, fastmath=REORDER, cache=True, error_model="numpy")
 def _composite_backward(partial, absolute, splats, start, ids, rows, last, light, v_picture, v_alpha, grid):
-    "Write the gradient of every (tile, splat) pair, each in its own place: from back to front, undoing the forward pass."
+    "Write the gradient of every (tile, splat) pair that shows, from back to front, undoing the forward pass; return which ones show."
     images, height, width, tiles_x, tiles_y = grid
-    number = splats.dtype.type
+    number, shows = splats.dtype.type, np.zeros(len(ids), np.uint8)
     for tile in prange(images * tiles_y * tiles_x):
         if start[tile + 1] == start[tile]: continue
         i, top, left = tile // (tiles_x * tiles_y), tile // tiles_x % tiles_y * TILE_HEIGHT, tile % tiles_x * TILE_WIDTH
         top_, left_, alpha_max, log_alpha_min = number(top), number(left), number(ALPHA_MAX), number(LOG_ALPHA_MIN)
         state = np.empty(9 * TILE_PIXELS, splats.dtype)
         deepest = _after_the_last(state, light, last[tile], v_picture, v_alpha, i, top, left)
-        for entry in range(start[tile + 1] - 1, start[tile] - 1, -1):
+        for entry in range(start[tile] + deepest.max(), start[tile] - 1, -1):
             first_row, end_row = _rows_in_front(rows, entry, deepest, entry - start[tile])
+            if first_row >= end_row: continue
+            shows[entry] = 1
             g, k, first, end = ids[entry], number(entry - start[tile]), np.uint64(first_row) * ROW, np.uint64(end_row) * ROW
             cx, cy, most = splats[g, CENTRE_X] - left_, splats[g, CENTRE_Y] - top_, splats[g, LOG_OPACITY]
             conic_a, conic_b, conic_c = splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C]
@@ -436,6 +438,7 @@ def _composite_backward(partial, absolute, splats, start, ids, rows, last, light
             partial[entry, LOG_OPACITY] = -m
             partial[entry, RED], partial[entry, GREEN], partial[entry, BLUE], partial[entry, DEPTH] = sum_red, sum_green, sum_blue, sum_depth
             if absolute is not None: absolute[entry, 0], absolute[entry, 1] = absolute_x, absolute_y
+    return shows
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #01502552
 @njit(cache=True, error_model="numpy")
@@ -455,13 +458,14 @@ def _conic_backward(splats, v, g, p, q, eps2d, antialiased):
 
 
 @njit(parallel=True, cache=True)
-def _sum_pairs(partial, entry_of, first_slot, total):
-    "Each splat adds up the gradients of its (tile, splat) pairs, in the order of its tiles."
+def _sum_pairs(partial, shows, entry_of, first_slot, total):
+    "Each splat adds up the gradients of its (tile, splat) pairs that show, in the order of its tiles."
     for g in prange(len(first_slot) - 1):
         for column in range(COLUMNS): total[g, column] = ZERO
         for slot in range(first_slot[g], first_slot[g + 1]):
             entry = entry_of[slot]
             if entry < 0: break
+            if shows[entry] == 0: continue
             for column in range(COLUMNS): total[g, column] += partial[entry, column]
 
 # %% ../../nbs/render/03_splats_cpu.ipynb #c0e77a04
@@ -561,7 +565,7 @@ def _check_memory(shape, pairs, itemsize, max_bytes):
     "Refuse what does not fit, with the numbers and a remedy."
     scenes, views, _, count, height, width = shape
     images = scenes * views
-    need = images * height * width * 12 * itemsize + images * count * (2 * COLUMNS * itemsize + 36) + pairs * (COLUMNS * itemsize + 16)
+    need = images * height * width * 12 * itemsize + images * count * (2 * COLUMNS * itemsize + 36) + pairs * (COLUMNS * itemsize + 17)
     if need <= max_bytes and pairs < 2 ** 31: return
     raise MemoryError(f"rasterize: {images} pictures of {width} x {height} pixels with {count:,} Gaussians touch {pairs:,} pairs of a Gaussian and a tile "
                       f"({pairs / max(images * count, 1):.1f} each), which needs {need / 1e9:.3g} GB, more than max_bytes = {max_bytes / 1e9:.3g} GB: "
@@ -628,10 +632,10 @@ class _Rasterize(torch.autograd.Function):
         v_picture, v_alpha = (v.contiguous().numpy() for v in (v_picture, v_alpha))
         entries = len(lists[1])      # allocated here, because numpy asks the system for large pages
         partial, total = np.empty((entries, COLUMNS), splats.dtype), np.empty_like(splats)
-        absolute = None if ctx.absgrad is None else np.empty((entries, 2), splats.dtype)
+        absolute = None if ctx.absgrad is None else np.zeros((entries, 2), splats.dtype)
         with _OneAtATime():
-            _composite_backward(partial, absolute, splats, *lists, *ctx.result, v_picture, v_alpha, grid)
-            _sum_pairs(partial, entry_of, first_slot, total)
+            shows = _composite_backward(partial, absolute, splats, *lists, *ctx.result, v_picture, v_alpha, grid)
+            _sum_pairs(partial, shows, entry_of, first_slot, total)
             *gradients, v_w2c = _project_backward(total, first_slot, splats, *ctx.arrays, ctx.shape, antialiased, splats.dtype.type(eps2d),
                                                   ctx.needs_input_grad[5])
         if absolute is not None:
