@@ -142,3 +142,33 @@ def test_float32_float64_and_views_at_every_degree(degree):
     for view in range(3): assert torch.equal(render_splats(gaussians, cameras[[view]]).rgb[0], render.rgb[view])
     single = render_splats(gaussians.to(dtype=torch.float32), cameras.to(dtype=torch.float32))
     assert single.rgb.dtype == torch.float32 and torch.quantile((single.rgb - render.rgb).abs(), 0.998) < 1e-5
+
+
+def test_what_gsplat_hangs_on_its_centres_is_collected():
+    "gsplat sets `.absgrad` on a saved tensor within the backward pass; the same is done here without CUDA."
+    import gc
+    import weakref
+    from zerolab.render.splats import _collect_absgrad
+
+    class LikeGsplat(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, means2d):
+            ctx.save_for_backward(means2d)
+            return means2d.sum()
+
+        @staticmethod
+        def backward(ctx, v):
+            means2d, = ctx.saved_tensors
+            means2d.absgrad = torch.full_like(means2d, 3.)
+            return torch.ones_like(means2d) * v
+
+    leaf, absgrad = torch.rand(2, 3, 5, 2, requires_grad=True), torch.ones(2, 3, 5, 2)
+    means2d = leaf * 2
+    _collect_absgrad(means2d, absgrad)
+    loss, gone = LikeGsplat.apply(means2d), weakref.ref(means2d)
+    del means2d
+    loss.backward()
+    assert (absgrad == 4).all() and (leaf.grad == 2).all()
+    del loss
+    gc.collect()
+    assert gone() is None
