@@ -5,7 +5,7 @@ import torch
 from zerolab.data.scans import crease_normals
 from zerolab.lrm.hull import hull_span
 from zerolab.render.mesh import render_views
-from zerolab.render.splats import render_splats
+from zerolab.render.splats import median_depth, render_splats
 from zerolab.scene.cameras import orbit
 from zerolab.scene.gaussians import Gaussians
 from zerolab.shapes.zeroverse import make_shape
@@ -21,4 +21,6 @@ for dtype in (torch.float32, torch.float64):
     moved = cameras.to(dtype=dtype)
     render = render_splats(Gaussians(*leaves), moved, backend="cpu")
     (render.rgb.sum() + render.depth.sum()).backward()
+    render_splats(Gaussians(*leaves), moved, backend="cpu", absgrad=torch.zeros(2, 4, 2, dtype=dtype)).rgb.sum().backward()
+    median_depth(Gaussians(*leaves), moved, backend="cpu")
 hull_span(views.alpha, cameras, *cameras.rays())

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from zerolab.render.splats import render_splats
+from zerolab.render.splats import median_depth, render_splats
 from zerolab.scene.cameras import orbit
 from zerolab.scene.gaussians import Gaussians
 
@@ -61,6 +61,20 @@ def test_a_nan_is_not_drawn():
     gaussians.means[3] = float("nan")
     results = outputs_and_gradients(gaussians, cameras, "cuda")
     assert all(x.isfinite().all() for x in results) and (results[3][3] == 0).all()
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_absgrad_and_median_depth_agree_with_the_cpu(batch):
+    gaussians, cameras = shell_scene(4096, batch=batch), orbit([20., 140], 25., size=(72, 100))
+    found, medians = [], []
+    for device in ("cpu", "cuda"):
+        absgrad = torch.zeros(*batch, 2, 4096, 2, device=device)
+        tensors = [getattr(gaussians, name).to(device).requires_grad_() for name in NAMES]
+        render_splats(Gaussians(*tensors), cameras.to(device), absgrad=absgrad).rgb.square().sum().backward()
+        found.append(absgrad.cpu())
+        medians.append(median_depth(Gaussians(*tensors), cameras.to(device)).detach().cpu())
+    assert (found[0] - found[1]).norm() < 5e-3 * found[0].norm()
+    assert ((medians[0] - medians[1]).abs() > 1e-4).float().mean() < 2e-3
 
 
 def milliseconds(step, repeats=20):
