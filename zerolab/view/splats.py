@@ -426,16 +426,17 @@ def _set_colors(actor: SplatActor, renderer, view: np.ndarray, places: np.ndarra
     actor.points["rgba"] = np.c_[np.clip(127.5 * colors + 0.5, 0, 255).astype(np.uint8), actor.alpha]
     _show_bar(actor, renderer, title, scale, limits)
 
-def _depth_range(renderer, places: np.ndarray, cells: int = 48) -> tuple[float, float]:
+def _depth_range(renderer, places: np.ndarray) -> tuple[float, float]:
     "The depths between which colours change: most of what is in front, of centres sorted far to near."
     matrix = renderer.GetActiveCamera().GetProjectionTransformMatrix(renderer.GetTiledAspectRatio(), -1, 1)
     focal, depths = np.array([matrix.GetElement(0, 0), matrix.GetElement(1, 1)]), -places[:, 2]
     inside = (np.abs(places[:, :2] * focal) < depths[:, None]).all(1) & (depths > NEAR)
     if not inside.any(): return 0., 1.
+    cells = int(np.clip(np.sqrt(inside.sum() / 24), 4, 48))  # coarse enough that those in front hide those behind
     column, row = ((places[inside, :2] * focal / depths[inside, None] + 1) / 2 * cells).astype(int).clip(0, cells - 1).T
     nearest = np.full(cells * cells, np.nan)
     nearest[row * cells + column] = depths[inside]  # the last to be written is the nearest
-    low, high = np.nanpercentile(nearest, (2, 98))
+    low, high = np.nanpercentile(nearest, (2, 95))
     return float(low), float(max(high, low + 1e-6 * max(1., abs(low))))
 
 # %% ../../nbs/view/02_splats.ipynb #b85f236a
