@@ -133,7 +133,11 @@ def test_modes_and_settings_without_opengl():
         splats.update(mode="rgb", min_opacity=0.5, scale=0.5)
         half = gaussians[gaussians.opacities >= 0.5]
         assert psnr(scene.screenshot(), exact(replace(half, scales=0.5 * half.scales), OUTSIDE)) > 60
-        splats.set_data(wild(0))
+        splats.update(min_opacity=0., scale=1.)
+        scene.add_splats(wild(200, degree=2, seed=5))
+        both = type(gaussians).cat([replace(gaussians, sh=torch.cat([gaussians.sh, torch.zeros(400, 8, 3)], 1)), wild(200, degree=2, seed=5)])
+        assert psnr(scene.screenshot(), exact(both, OUTSIDE)) > 60, "two clouds are sorted as one"
+        for each in scene.splats: each.set_data(wild(0))
         assert (scene.screenshot() == 255).all()
         assert scene.add_mesh("anything") == []
 
@@ -166,7 +170,7 @@ def test_any_thread_may_draw_while_another_changes_the_data():
         threads = [threading.Thread(target=draw) for _ in range(3)]
         for thread in threads: thread.start()
         for k in range(8):
-            with scene.lock: splats.set_data(wild((500, 300)[k % 2]))
+            splats.set_data(wild((500, 300)[k % 2]))
         found.append(scene.screenshot())
         for thread in threads: thread.join()
         found.append(scene.screenshot())

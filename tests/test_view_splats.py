@@ -1,8 +1,10 @@
 """The splat views: the same picture in a browser, in VTK and in the renderer that the loss sees."""
+import gc
 import io
 import os
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -265,6 +267,33 @@ def test_other_data_in_the_same_actor():
             assert psnr(shot(plotter), exact(gaussians, OUTSIDE)) > 50, gaussians
         with pytest.raises(ValueError, match="holds NaN"): actor.set_data(replace(wild(5), scales=torch.full((5, 3), torch.nan)))
         assert psnr(shot(plotter), exact(wild(500, degree=1, seed=5), OUTSIDE)) > 50, "bad data change nothing"
+
+
+@opengl
+def test_what_was_attached_can_be_detached_and_is_freed():
+    with shown(wild(200), OUTSIDE, mode="depth") as (plotter, actor):
+        assert shot(plotter).std() > 5
+        actor.detach()
+        assert (shot(plotter) == 255).all()
+        actor.attach(plotter)
+        assert shot(plotter).std() > 5
+    freed = [weakref.ref(actor), weakref.ref(plotter)]
+    del actor, plotter
+    gc.collect()
+    assert [reference() for reference in freed] == [None, None]
+
+
+@opengl
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "points"])
+def test_a_parallel_projection_shows_a_gaussian_in_its_size(mode):
+    ball = Gaussians(torch.zeros(1, 3), torch.tensor([[1., 0, 0, 0]]), torch.full((1, 3), 0.2), torch.tensor([0.9]), torch.full((1, 1, 3), -1.))
+    with shown(ball, OUTSIDE, mode=mode) as (plotter, _):
+        plotter.enable_parallel_projection()
+        plotter.camera.parallel_scale = 1.  # half the height
+        image = shot(plotter)[:, :200]
+        different = (image != image[0, 0]).any(-1).sum()
+    sigmas = ELLIPSOID_RADIUS if mode == "ellipsoids" else np.sqrt(2 * np.log(0.9 * 255))
+    assert abs(different / (np.pi * (sigmas * 0.2 * 90)**2) - 1) < 0.1
 
 
 @opengl

@@ -72,27 +72,42 @@ class CpuSplats:
     def __init__(self,
         gaussians: Gaussians,  # [N]
         **settings,            # fields of `SplatSettings`
-    ): self.settings, self.gaussians = SplatSettings(**settings), checked_gaussians(gaussians)
+    ): self.settings, self.gaussians, self.lock = SplatSettings(**settings), checked_gaussians(gaussians), threading.RLock()
 
-    def set_data(self, gaussians: Gaussians) -> None: self.gaussians = checked_gaussians(gaussians)
+    def set_data(self, gaussians: Gaussians) -> None:
+        "Show these Gaussians from now on."
+        gaussians = checked_gaussians(gaussians)
+        with self.lock: self.gaussians = gaussians
+
     def update(self, **settings) -> "CpuSplats":
-        self.settings = replace(self.settings, **settings)
+        "Change some settings; the next picture shows it."
+        with self.lock: self.settings = replace(self.settings, **settings)
         return self
 
-    def draw(self, camera, background):
-        "uint8 [H,W,3] as the loss sees it, in the mode of the settings."
-        settings, mode = self.settings, self.settings.mode
+    def seen_from(self, camera: Cameras) -> Gaussians:
+        "What is drawn, with the colours of the mode."
+        settings = self.settings
         keep, growth = choose_gaussians(self.gaussians, settings)
         shown = self.gaussians[keep]
         if settings.sh_degree is not None: shown = replace(shown, sh=shown.sh[:, :(settings.sh_degree + 1)**2])
-        shown = replace(shown, scales=shown.scales * (settings.scale * growth))
-        if mode == "normal":
-            turn = (np.diag([1., -1, -1]) @ camera.w2c[0, :3, :3].double().numpy())
+        if settings.mode == "normal":
+            turn = np.diag([1., -1, -1]) @ camera.w2c[0, :3, :3].double().numpy()
             places = (shown.means - camera.centers[0].float()).numpy() @ turn.T.astype(np.float32)
             shown = replace(shown, sh=rgb_to_sh(torch.from_numpy(normal_colors(short_axes(shown), turn, places)).float())[:, None])
-        render = render_splats(shown, camera.to(dtype=torch.float32), torch.tensor(background, dtype=torch.float32))
-        if mode == "alpha": return to_uint8(render.alpha[0])
-        return _depth_picture(render, background) if mode == "depth" else to_uint8(render.rgb[0])
+        return replace(shown, scales=shown.scales * (settings.scale * growth))
+
+def _cpu_picture(scene) -> np.ndarray:
+    "What the CPU renderer shows of a scene, uint8 [H,W,3]: all clouds sorted as one, in the mode of the first, and the lines over them."
+    clouds, background = [splats.seen_from(scene.camera) for splats in scene.splats], torch.tensor(scene.background)
+    if clouds:
+        most, mode = max(cloud.sh.shape[1] for cloud in clouds), scene.splats[0].settings.mode
+        pad = lambda cloud: torch.nn.functional.pad(cloud.sh, (0, 0, 0, most - cloud.sh.shape[1]))
+        render = render_splats(Gaussians.cat([replace(cloud, sh=pad(cloud)) for cloud in clouds]), scene.camera.to(dtype=torch.float32), background)
+        picture = to_uint8(render.alpha[0]) if mode == "alpha" else _depth_picture(render, scene.background) if mode == "depth" else to_uint8(render.rgb[0])
+    else: picture = to_uint8(background.expand(*scene.size, 3))
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    for segments, color in scene.lines: draw_lines(image, scene.camera, segments, color)
+    return np.array(image)
 
 def _depth_picture(render, background) -> np.ndarray:
     "The expected depth in the colours of `SplatActor`, over the background."
@@ -208,10 +223,12 @@ class Scene(Window):
         self.cameras, self.frustums = [], []               # views one by one, the actors of each
 
     def add_splats(self, gaussians: Gaussians, **settings):
-        "Show Gaussians; returns the `SplatActor`, whose `update` and `set_data` change them."
+        "Show Gaussians; returns the `SplatActor`, whose `update` and `set_data` change them. Clouds that mingle should be one: `Gaussians.cat`."
         with self.lock:
-            self.splats.append(CpuSplats(gaussians, **settings) if self.plotter is None else SplatActor(gaussians, **settings).attach(self.plotter))
-        return self.splats[-1]
+            splats = CpuSplats(gaussians, **settings) if self.plotter is None else SplatActor(gaussians, **settings).attach(self.plotter)
+            splats.lock = self.lock  # no change while a picture is drawn
+            self.splats.append(splats)
+        return splats
 
     def add_mesh(self, mesh, **options) -> list:
         "Show a zerolab `Mesh` in its baked light (options of `add_textured`), or what pyvista draws (options of its `add_mesh`); returns the actors."
@@ -271,13 +288,6 @@ def _read_window(plotter) -> np.ndarray:
     width, height = window.GetSize()
     window.GetPixelData(0, 0, width - 1, height - 1, 0, pixels, 0)
     return vtk_to_numpy(pixels).reshape(height, width, 3)[::-1].copy()
-
-def _cpu_picture(scene: Scene) -> np.ndarray:
-    "What the CPU renderer shows of a scene: all its Gaussians as one cloud if all have the same settings, else the first."
-    if not scene.splats: image = Image.new("RGB", scene.size[::-1], tuple(round(255 * x) for x in scene.background))
-    else: image = Image.fromarray(scene.splats[0].draw(scene.camera, scene.background))
-    for segments, color in scene.lines: draw_lines(image, scene.camera, segments, color)
-    return np.array(image)
 
 def _baked(mesh: Mesh) -> np.ndarray:
     "The light of the renderer's default, coarse shadows."

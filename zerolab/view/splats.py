@@ -282,6 +282,14 @@ class SplatActor:
         self.views.append([renderer.AddObserver("StartEvent", lambda *_: self._before(renderer)), renderer])
         return self
 
+    def detach(self) -> None:
+        "Take the Gaussians out of every view that they were put into."
+        for tag, renderer in self.views:
+            renderer.RemoveObserver(tag)
+            renderer.remove_actor(self.actor, reset_camera=False, render=False)
+            renderer.RemoveViewProp(self.bar)
+        self.views = []
+
     def _before(self, renderer):
         "Bring order, colours and blur up to date for the view that is about to be drawn."
         with self.lock: _prepare_view(self, renderer)
@@ -430,10 +438,11 @@ def _depth_range(renderer, places: np.ndarray) -> tuple[float, float]:
     "The depths between which colours change: most of what is in front, of centres sorted far to near."
     matrix = renderer.GetActiveCamera().GetProjectionTransformMatrix(renderer.GetTiledAspectRatio(), -1, 1)
     focal, depths = np.array([matrix.GetElement(0, 0), matrix.GetElement(1, 1)]), -places[:, 2]
-    inside = (np.abs(places[:, :2] * focal) < depths[:, None]).all(1) & (depths > NEAR)
+    divisor = np.ones_like(depths) if renderer.GetActiveCamera().GetParallelProjection() else depths
+    inside = (np.abs(places[:, :2] * focal) < divisor[:, None]).all(1) & (depths > NEAR)
     if not inside.any(): return 0., 1.
     cells = int(np.clip(np.sqrt(inside.sum() / 24), 4, 48))  # coarse enough that those in front hide those behind
-    column, row = ((places[inside, :2] * focal / depths[inside, None] + 1) / 2 * cells).astype(int).clip(0, cells - 1).T
+    column, row = ((places[inside, :2] * focal / divisor[inside, None] + 1) / 2 * cells).astype(int).clip(0, cells - 1).T
     nearest = np.full(cells * cells, np.nan)
     nearest[row * cells + column] = depths[inside]  # the last to be written is the nearest
     low, high = np.nanpercentile(nearest, (2, 95))
