@@ -96,6 +96,7 @@ class CpuSplats:
             shown = replace(shown, sh=rgb_to_sh(torch.from_numpy(normal_colors(short_axes(shown), turn, places)).float())[:, None])
         return replace(shown, scales=shown.scales * (settings.scale * growth))
 
+# %% ../../nbs/view/03_scene.ipynb #a690603e
 def _cpu_picture(scene) -> np.ndarray:
     "What the CPU renderer shows of a scene, uint8 [H,W,3]: all clouds sorted as one, in the mode of the first, and the lines over them."
     clouds, background = [splats.seen_from(scene.camera) for splats in scene.splats], torch.tensor(scene.background)
@@ -103,7 +104,8 @@ def _cpu_picture(scene) -> np.ndarray:
         most, mode = max(cloud.sh.shape[1] for cloud in clouds), scene.splats[0].settings.mode
         pad = lambda cloud: torch.nn.functional.pad(cloud.sh, (0, 0, 0, most - cloud.sh.shape[1]))
         render = render_splats(Gaussians.cat([replace(cloud, sh=pad(cloud)) for cloud in clouds]), scene.camera.to(dtype=torch.float32), background)
-        picture = to_uint8(render.alpha[0]) if mode == "alpha" else _depth_picture(render, scene.background) if mode == "depth" else to_uint8(render.rgb[0])
+        if mode == "depth": picture = _depth_picture(render, scene.background)
+        else: picture = to_uint8(render.alpha[0] if mode == "alpha" else render.rgb[0])
     else: picture = to_uint8(background.expand(*scene.size, 3))
     image = Image.fromarray(np.ascontiguousarray(picture))
     for segments, color in scene.lines: draw_lines(image, scene.camera, segments, color)
@@ -365,7 +367,8 @@ def compare(
     "Two results through the same cameras, with the PSNR between them."
     if mode not in ("side", "swipe", "difference"): raise ValueError(f"compare: mode is {mode!r}, need side, swipe or difference")
     first, second = (_pictures(thing, camera, background) for thing in (a, b))
-    if first.shape != second.shape: raise ValueError(f"compare: pictures of shape {first.shape} and {second.shape} (views, height, width), need the same")
+    if first.shape != second.shape:
+        raise ValueError(f"compare: pictures of shape {first.shape} and {second.shape} (views, height, width), need the same")
     error = np.mean((first.astype(np.float64) - second)**2) / 255**2
     psnr = float(-10 * np.log10(error)) if error else float("inf")
     if mode == "side":

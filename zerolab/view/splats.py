@@ -160,7 +160,8 @@ class SplatSettings:
 
     def __post_init__(self):
         if self.mode not in MODES: raise ValueError(f"SplatActor: mode is {self.mode!r}, need one of {', '.join(MODES)}")
-        if self.sh_degree is not None and self.sh_degree not in range(5): raise ValueError(f"SplatActor: sh_degree is {self.sh_degree}, need 0 to 4 or None")
+        if self.sh_degree is not None and self.sh_degree not in range(5):
+            raise ValueError(f"SplatActor: sh_degree is {self.sh_degree}, need 0 to 4 or None")
         if not (np.isfinite(self.scale) and self.scale > 0): raise ValueError(f"SplatActor: scale is {self.scale}, need a number above 0")
         if not 0 <= self.min_opacity <= 1: raise ValueError(f"SplatActor: min_opacity is {self.min_opacity}, need 0 to 1")
         if not 0 < self.lod <= 1: raise ValueError(f"SplatActor: lod is {self.lod}, need a share above 0 and up to 1")
@@ -218,6 +219,19 @@ def checked_gaussians(
         if len(bad): raise ValueError(f"SplatActor: {name} of Gaussian {int(bad[0])} holds NaN or infinity ({len(bad)} such): drop them first")
     return gaussians
 
+def _point_mapper():
+    "VTK's mapper, told where the attributes are."
+    from vtkmodules.vtkRenderingOpenGL2 import vtkOpenGLPointGaussianMapper
+    mapper = vtkOpenGLPointGaussianMapper()
+    mapper.AnisotropicOn()
+    mapper.SetScaleArray("scale")
+    mapper.SetRotationArray("rotation")
+    mapper.SetScalarModeToUsePointFieldData()
+    mapper.SelectColorArray("rgba")
+    mapper.SetColorModeToDirectScalars()
+    mapper.SetVBOShiftScaleMethod(0)  # no moving of the origin: it would scale the Gaussians
+    return mapper
+
 def _polydata(gaussians: Gaussians):
     "The Gaussians as points with attributes."
     import pyvista as pv
@@ -239,19 +253,10 @@ class SplatActor:
     ):
         self.settings = SplatSettings(**settings)
         import pyvista as pv
-        from vtkmodules.vtkRenderingOpenGL2 import vtkOpenGLPointGaussianMapper
-        self.mapper, self.actor, self.lock = vtkOpenGLPointGaussianMapper(), pv.Actor(), threading.RLock()
-        mapper = self.mapper
-        mapper.AnisotropicOn()
-        mapper.SetScaleArray("scale")
-        mapper.SetRotationArray("rotation")
-        mapper.SetScalarModeToUsePointFieldData()
-        mapper.SelectColorArray("rgba")
-        mapper.SetColorModeToDirectScalars()
-        mapper.SetVBOShiftScaleMethod(0)  # no moving of the origin: it would scale the Gaussians
-        self.actor.SetMapper(mapper)
+        self.mapper, self.actor, self.lock = _point_mapper(), pv.Actor(), threading.RLock()
+        self.actor.SetMapper(self.mapper)
         self.actor.GetProperty().LightingOff()
-        _set_shaders(self.actor, mapper, self.settings.mode)
+        _set_shaders(self.actor, self.mapper, self.settings.mode)
         self.bar, self.views, self.backgrounds = _color_bar(), [], {}
         self.set_data(gaussians)
 
