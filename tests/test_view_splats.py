@@ -270,6 +270,16 @@ def test_other_data_in_the_same_actor():
 
 
 @opengl
+def test_a_training_that_goes_on_does_not_reach_into_the_picture():
+    gaussians = wild(300, degree=1)
+    with shown(gaussians, OUTSIDE) as (plotter, actor):
+        before = shot(plotter)
+        for tensor in gaussians.tensors(): tensor.mul_(0.5)
+        actor.update(scale=1.).seen = None
+        assert np.array_equal(shot(plotter), before)
+
+
+@opengl
 def test_what_was_attached_can_be_detached_and_is_freed():
     with shown(wild(200), OUTSIDE, mode="depth") as (plotter, actor):
         assert shot(plotter).std() > 5

@@ -210,10 +210,10 @@ def _keep_order(gaussians: Gaussians) -> tuple[np.ndarray, np.ndarray]:
 def checked_gaussians(
     gaussians: Gaussians,  # [N]
 ) -> Gaussians:
-    "Gaussians as VTK takes them: one scene, finite, float32 on the CPU."
+    "A copy as VTK takes it: one scene, finite, float32 on the CPU. Training may go on with the original."
     if not isinstance(gaussians, Gaussians): raise ValueError(f"SplatActor: need Gaussians, got a {type(gaussians).__name__}")
     if gaussians.means.ndim != 2: raise ValueError(f"SplatActor: {gaussians} is a batch, need one scene: gaussians.unstack()[k] picks one")
-    gaussians = gaussians.detach().to("cpu", torch.float32)
+    gaussians = Gaussians(*(tensor.detach().to("cpu", torch.float32, copy=True) for tensor in gaussians.tensors()))
     for name, tensor in zip(("means", "quats", "scales", "opacities", "sh"), gaussians.tensors()):
         bad = (~tensor.isfinite()).nonzero()[:, 0].unique()
         if len(bad): raise ValueError(f"SplatActor: {name} of Gaussian {int(bad[0])} holds NaN or infinity ({len(bad)} such): drop them first")
