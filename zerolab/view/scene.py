@@ -116,7 +116,7 @@ def _depth_picture(render, background) -> np.ndarray:
     import matplotlib
     depth, alpha = render.depth[0, ..., 0].numpy(), render.alpha[0].numpy()
     seen = depth[alpha[..., 0] > 0.5]
-    low, high = np.percentile(seen, (2, 95)) if len(seen) else (0., 1.)
+    low, high = np.percentile(seen, (1, 99)) if len(seen) else (0., 1.)
     colors = matplotlib.colormaps["viridis_r"](np.clip((depth - low) / max(high - low, 1e-6), 0, 1))[..., :3]
     return to_uint8(colors * alpha + np.asarray(background) * (1 - alpha))
 

@@ -450,7 +450,7 @@ def _depth_range(renderer, places: np.ndarray) -> tuple[float, float]:
     column, row = ((places[inside, :2] * focal / divisor[inside, None] + 1) / 2 * cells).astype(int).clip(0, cells - 1).T
     nearest = np.full(cells * cells, np.nan)
     nearest[row * cells + column] = depths[inside]  # the last to be written is the nearest
-    low, high = np.nanpercentile(nearest, (2, 95))
+    low, high = np.nanpercentile(nearest, (1, 99))
     return float(low), float(max(high, low + 1e-6 * max(1., abs(low))))
 
 # %% ../../nbs/view/02_splats.ipynb #b85f236a
