@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NEAR', 'BLUR', 'PROJECT', 'HIDE_NEAR', 'BLEND', 'MODES', 'POINT_RADIUS', 'OVERDRAW', 'ELLIPSOID_RADIUS', 'DOT',
            'ROUND', 'COUNT', 'BODY_VERTEX', 'BODY', 'BODY_LINKS', 'place_camera', 'read_camera', 'SplatSettings',
-           'SplatActor', 'prepare_renderer', 'frustum_lines', 'frustum_corners', 'view']
+           'short_axes', 'normal_colors', 'checked_gaussians', 'SplatActor', 'prepare_renderer', 'choose_gaussians',
+           'frustum_lines', 'frustum_corners', 'view']
 
 # %% ../../nbs/view/02_splats.ipynb #6d913d4f
 import threading
@@ -48,7 +49,8 @@ def read_camera(
 ) -> Cameras:               # one view
     "What `plotter` looks through: the inverse of `place_camera`."
     lens, (height, width) = plotter.camera, size
-    if lens.GetParallelProjection(): raise ValueError("read_camera: the view is a parallel projection, which is no pinhole: plotter.disable_parallel_projection()")
+    if lens.GetParallelProjection():
+        raise ValueError("read_camera: the view is a parallel projection, which is no pinhole: plotter.disable_parallel_projection()")
     aspect = lens.GetExplicitAspectRatio() if lens.GetUseExplicitAspectRatio() else width / height
     vertical = 1 / np.tan(np.radians(lens.view_angle) / 2)
     if lens.GetUseHorizontalViewAngle(): vertical *= aspect
@@ -96,8 +98,8 @@ diffuseColor *= 2.0;
 """
 COUNT = f"""//VTK::Color::Impl
 if (opacity * exp(-0.5 * dot(offsetVCVSOutput.xy, offsetVCVSOutput.xy)) < {ALPHA_MIN}) discard;
-opacity = 1.0;
-diffuseColor = vec3(1.0 / {OVERDRAW[0]}.0, 1.0 / {OVERDRAW[1]}.0, 1.0 / {OVERDRAW[2]}.0);
+opacity = 1.0 / {OVERDRAW[2]}.0;
+diffuseColor = vec3({OVERDRAW[2] / OVERDRAW[0]}, {OVERDRAW[2] / OVERDRAW[1]}, 1.0);
 """
 
 # %% ../../nbs/view/02_splats.ipynb #77ed482f
@@ -131,13 +133,13 @@ def _set_shaders(actor, mapper, mode: str) -> None:
     vertex = PROJECT + (DOT if mode == "points" else BODY_VERTEX if mode == "ellipsoids" else "") + HIDE_NEAR
     shaders.AddVertexShaderReplacement("gl_Position = posDC;", True, vertex, False)
     if mode == "ellipsoids":
-        lines = lambda form: "\n".join(form.format(kind=kind, name=f"{name}VC") for kind, name in BODY_LINKS)
-        shaders.AddVertexShaderReplacement("out mat2 transformVCVSOutput;", True, "out mat2 transformVCVSOutput;\n" + lines("out {kind} {name}VSOutput;"), False)
-        shaders.AddGeometryShaderReplacement("out vec2 offsetVCGSOutput;", True, "out vec2 offsetVCGSOutput;\n"
-                                             + lines("in {kind} {name}VSOutput[]; flat out {kind} {name}GSOutput;"), False)
-        shaders.AddGeometryShaderReplacement("offsetVCGSOutput = offsets[i];", True, "offsetVCGSOutput = offsets[i];\n"
-                                             + lines("{name}GSOutput = {name}VSOutput[0];"), False)
-        shaders.AddFragmentShaderReplacement("//VTK::Color::Dec", True, "//VTK::Color::Dec\n" + lines("flat in {kind} {name}GSOutput;"), False)
+        def add(where, after, form):
+            lines = [form.format(kind=kind, name=f"{name}VC") for kind, name in BODY_LINKS]
+            getattr(shaders, f"Add{where}ShaderReplacement")(after, True, "\n".join([after, *lines]), False)
+        add("Vertex", "out mat2 transformVCVSOutput;", "out {kind} {name}VSOutput;")
+        add("Geometry", "out vec2 offsetVCGSOutput;", "in {kind} {name}VSOutput[]; flat out {kind} {name}GSOutput;")
+        add("Geometry", "offsetVCGSOutput = offsets[i];", "{name}GSOutput = {name}VSOutput[0];")
+        add("Fragment", "//VTK::Color::Dec", "flat in {kind} {name}GSOutput;")
     code = {"points": ROUND, "overdraw": COUNT, "ellipsoids": BODY.replace("VCVSOutput", "VCGSOutput").replace("offsetVCGS", "offsetVCVS")}
     mapper.SetSplatShaderCode(code.get(mode, BLEND))
     mapper.SetEmissive(mode == "overdraw")  # additive
@@ -179,13 +181,19 @@ def _harmonics(gaussians: Gaussians, eye: np.ndarray, degree: int) -> np.ndarray
         colors.append(torch.einsum("nk,nkc->nc", sh_basis(directions, degree), gaussians.sh[part, :(degree + 1)**2]) + 0.5)
     return torch.cat(colors).clamp_min(0).numpy()
 
-def _short_axes(gaussians: Gaussians) -> np.ndarray:
-    "The direction [N,3] in which each Gaussian is thinnest."
+def short_axes(
+    gaussians: Gaussians,  # [N]
+) -> np.ndarray:           # [N,3] unit vectors, world
+    "The direction in which each Gaussian is thinnest."
     axes = rotation_matrices(gaussians.quats)
     return axes.gather(2, gaussians.scales.argmin(-1)[:, None, None].expand(-1, 3, 1))[..., 0].numpy()
 
-def _normal_colors(axes: np.ndarray, turn: np.ndarray, places: np.ndarray) -> np.ndarray:
-    "Short axes as colours [N,3]: seen in the camera, and turned towards it."
+def normal_colors(
+    axes: np.ndarray,    # [N,3] of `short_axes`
+    turn: np.ndarray,    # [3,3] world to camera, OpenGL axes (y up, z towards us)
+    places: np.ndarray,  # [N,3] centres in that camera
+) -> np.ndarray:         # [N,3] in [0,1]
+    "Short axes as colours: seen in the camera, and turned towards it."
     normals = axes @ turn.T.astype(np.float32)
     away = (normals * places).sum(1, keepdims=True) > 0
     return 0.5 + 0.5 * np.where(away, -normals, normals)
@@ -198,14 +206,16 @@ def _keep_order(gaussians: Gaussians) -> tuple[np.ndarray, np.ndarray]:
     return order.numpy(), area.double()[order].cumsum(0).numpy()
 
 # %% ../../nbs/view/02_splats.ipynb #acd6d125
-def _checked(gaussians) -> Gaussians:
+def checked_gaussians(
+    gaussians: Gaussians,  # [N]
+) -> Gaussians:
     "Gaussians as VTK takes them: one scene, finite, float32 on the CPU."
     if not isinstance(gaussians, Gaussians): raise ValueError(f"SplatActor: need Gaussians, got a {type(gaussians).__name__}")
     if gaussians.means.ndim != 2: raise ValueError(f"SplatActor: {gaussians} is a batch, need one scene: gaussians.unstack()[k] picks one")
     gaussians = gaussians.detach().to("cpu", torch.float32)
     for name, tensor in zip(("means", "quats", "scales", "opacities", "sh"), gaussians.tensors()):
-        bad = ~tensor.isfinite().reshape(len(tensor), -1).all(1)
-        if bad.any(): raise ValueError(f"SplatActor: {name} of Gaussian {int(bad.nonzero()[0])} holds NaN or infinity ({int(bad.sum())} such): drop them first")
+        bad = (~tensor.isfinite()).nonzero()[:, 0].unique()
+        if len(bad): raise ValueError(f"SplatActor: {name} of Gaussian {int(bad[0])} holds NaN or infinity ({len(bad)} such): drop them first")
     return gaussians
 
 def _polydata(gaussians: Gaussians):
@@ -247,7 +257,7 @@ class SplatActor:
 
     def set_data(self, gaussians: Gaussians) -> None:
         "Show these Gaussians from now on; their number and SH degree may differ."
-        gaussians = _checked(gaussians)
+        gaussians = checked_gaussians(gaussians)
         with self.lock:
             self.gaussians, self.levels = gaussians, None
             _select(self)
@@ -264,6 +274,7 @@ class SplatActor:
 
     def attach(self, plotter) -> "SplatActor":
         "Put the Gaussians into the active subplot of a pyvista plotter, and make its renderer fit for them."
+        if ensure_gl() is None: raise ValueError(f"SplatActor: {NO_OPENGL}; Scene(backend='cpu') shows splats without")
         renderer = plotter.renderer
         prepare_renderer(renderer)
         renderer.add_actor(self.actor, reset_camera=False, render=False)
@@ -297,9 +308,11 @@ def _color_bar():
     bar.SetVisibility(False)
     bar.SetNumberOfLabels(4)
     bar.SetMaximumNumberOfColors(128)
-    bar.SetPosition(0.87, 0.1)
-    bar.SetWidth(0.11)
-    bar.SetHeight(0.8)
+    bar.SetPosition(0.88, 0.08)
+    bar.SetWidth(0.1)
+    bar.SetHeight(0.84)
+    bar.SetBarRatio(0.25)
+    bar.SetVerticalTitleSeparation(6)
     bar.UnconstrainedFontSizeOn()
     for text in (bar.GetLabelTextProperty(), bar.GetTitleTextProperty()):
         text.ItalicOff()
@@ -340,13 +353,15 @@ def _prepare_view(actor: SplatActor, renderer) -> None:
     _set_colors(actor, renderer, view, places)
     _set_order(actor, np.argsort(places[:, 2]))  # far to near; OpenGL's z is negative in front
 
-def _select(actor: SplatActor) -> None:
-    "Hand VTK those Gaussians that the settings leave, and note how much those that stand for others grow."
-    settings, gaussians = actor.settings, actor.gaussians
+def choose_gaussians(
+    gaussians: Gaussians,     # [N]
+    settings: SplatSettings,  # its crop, min_opacity and lod
+    levels: tuple | None = None,  # of `_keep_order`, for less than all; computed if None
+) -> tuple[torch.Tensor, float]:  # mask [N], and the factor by which those that stand for others grow
+    "Which Gaussians are shown."
     keep, growth = torch.ones(len(gaussians), dtype=torch.bool), 1.
     if settings.lod < 1 and len(gaussians):
-        if actor.levels is None: actor.levels = _keep_order(gaussians)
-        order, area = actor.levels
+        order, area = levels or _keep_order(gaussians)
         count = max(1, round(settings.lod * len(order)))
         growth = min(4., float(np.sqrt(area[-1] / area[count - 1])))
         keep[torch.as_tensor(order[count:])] = False
@@ -354,7 +369,14 @@ def _select(actor: SplatActor) -> None:
     if settings.crop is not None:
         low, high = torch.tensor(settings.crop)
         keep &= ((gaussians.means >= low) & (gaussians.means <= high)).all(1)
-    actor.shown, actor.growth, actor.axes, actor.seen = gaussians if keep.all() else gaussians[keep], growth, None, None
+    return keep, growth
+
+def _select(actor: SplatActor) -> None:
+    "Hand VTK those Gaussians that the settings leave."
+    gaussians = actor.gaussians
+    if actor.settings.lod < 1 and actor.levels is None and len(gaussians): actor.levels = _keep_order(gaussians)
+    keep, actor.growth = choose_gaussians(gaussians, actor.settings, actor.levels)
+    actor.shown, actor.axes, actor.seen = gaussians if keep.all() else gaussians[keep], None, None
     sound = actor.shown.opacities * (actor.shown.quats != 0).any(-1)
     actor.alpha = np.round(255 * sound.clamp(0, 1).numpy()).astype(np.uint8)
     actor.points = _polydata(actor.shown)
@@ -390,9 +412,9 @@ def _set_colors(actor: SplatActor, renderer, view: np.ndarray, places: np.ndarra
         limits = _depth_range(renderer, places)
         title, colors = "depth", scale[np.clip(255 * (depths - limits[0]) / (limits[1] - limits[0]), 0, 255).astype(np.uint8), :3]
     elif settings.mode == "normal":
-        if actor.axes is None: actor.axes = _short_axes(gaussians)
+        if actor.axes is None: actor.axes = short_axes(gaussians)
         turn = view[:3, :3] / np.cbrt(np.linalg.det(view[:3, :3]))
-        colors = _normal_colors(actor.axes, turn, places)
+        colors = normal_colors(actor.axes, turn, places)
     elif settings.mode in ("alpha", "overdraw"): colors = np.ones((len(gaussians), 3), np.float32)
     else:
         degree = gaussians.sh_degree if settings.sh_degree is None else min(settings.sh_degree, gaussians.sh_degree)
