@@ -226,9 +226,7 @@ function listen(view) {
   canvas.onpointerdown = event => {
     canvas.setPointerCapture(event.pointerId);
     fingers.set(event.pointerId, [event.clientX, event.clientY]);
-    if (event.pointerType === 'mouse') canvas.focus({preventScroll: true});
   };
-  canvas.onclick = () => canvas.focus({preventScroll: true});
   canvas.onpointerup = canvas.onpointercancel = event => fingers.delete(event.pointerId);
   canvas.onpointermove = event => {
     const before = fingers.get(event.pointerId);
@@ -301,7 +299,7 @@ function panel(view, root) {
   const select = (name, key, options, parse = x => x) => {
     const control = make('select', {onchange: () => set({[key]: parse(control.value)})});
     control.append(...options.map(([value, text]) => make('option', {value}, text)));
-    refresh.push(() => { control.value = typeof look[key] === 'object' ? JSON.stringify(look[key]) : look[key] ?? header.degree; });
+    refresh.push(() => { control.value = key === 'background' ? JSON.stringify(look[key]) : look[key] ?? header.degree; });
     row(name, control);
   };
   const slider = (name, key, low, high, step) => {
@@ -315,10 +313,15 @@ function panel(view, root) {
     row(name, control);
   };
   select('show', 'mode', [['rgb', 'colour'], ['depth', 'depth'], ['normal', 'normals'], ['alpha', 'alpha'], ['points', 'points']]);
+  const depths = make('output'), deep = make('div', {className: 'zl-row'}, make('span', {}, 'near to far'), depths);
+  box.append(deep);
+  refresh.push(() => {
+    deep.style.display = look.mode === 'depth' ? '' : 'none';
+    depths.value = view.values().range.map(z => z.toFixed(2)).join(' \u2026 ') + ', yellow to violet';
+  });
   if (header.degree) select('harmonics', 'sh_degree', [...Array(header.degree + 1).keys()].map(k => [k, k ? 'to degree ' + k : 'none']), Number);
   slider('splat size', 'splat_scale', 0.05, 2, 0.01);
   slider('opacity over', 'min_opacity', 0, 1, 0.01);
-  box.append(...cropRows(view, set));
   const papers = [[null, 'like the page'], [[1, 1, 1], 'white'], [[0.5, 0.5, 0.5], 'grey'], [[0, 0, 0], 'black']];
   const own = JSON.stringify(look.background);
   if (!papers.some(([value]) => JSON.stringify(value) === own)) papers.push([look.background, 'as made']);
@@ -337,8 +340,10 @@ function panel(view, root) {
       fading.style.display = settings.cameras[view.chosen]?.picture ? '' : 'none';
     });
   }
+  box.append(...cropRows(view, set));
   box.append(make('div', {className: 'zl-views'}, make('button', {type: 'button', onclick: () => view.reset()}, 'reset view'),
     make('button', {type: 'button', onclick: () => savePicture(view)}, 'save picture')));
+  box.append(make('p', {className: 'zl-soft'}, HELP() + '. Arrow keys, plus and minus do the same.'));
   view.refresh = () => refresh.forEach(each => each());
   view.refresh();
   root.append(box);
@@ -355,6 +360,9 @@ function savePicture(view) {
 
 # %% ../../nbs/view/04_local.ipynb #2ad97d32
 MOUNT_JS = r"""
+const HELP = () => matchMedia('(pointer: coarse)').matches ? 'drag to turn, two fingers to move and zoom' :
+  'drag to turn, Shift to pan, wheel to zoom, double click to reset';
+
 function mount(root, settings, hooks = {}) {    // the view with its controls, in an element
   const stage = make('div', {className: 'zl-stage'}), note = make('p', {className: 'zl-note'}, 'loading ' + settings.title);
   const named = {title: 'settings', ariaLabel: 'settings', ariaExpanded: 'false'};
@@ -362,7 +370,6 @@ function mount(root, settings, hooks = {}) {    // the view with its controls, i
   root.classList.add('zl');
   root.append(stage);
   stage.append(note, gear);
-  const touch = matchMedia('(pointer: coarse)').matches;
   const say = text => { note.textContent = text; };
   const theme = () => {
     root.classList.toggle('zl-dark', isDark());
@@ -388,8 +395,8 @@ function mount(root, settings, hooks = {}) {    // the view with its controls, i
     try {
       view.load(unpack(packed.header, await inflated(packed.data)));
       if (box) { close(); open(); }
-      const how = touch ? 'drag to turn, two fingers to move and zoom' : 'drag to turn, Shift to pan, wheel to zoom, double click to reset';
-      say(`${settings.title} \u00b7 ${packed.header.count.toLocaleString('en')} splats \u00b7 ${how}`);
+      say(`${settings.title} \u00b7 ${packed.header.count.toLocaleString('en')} splats`);
+      note.append(make('span', {className: 'zl-help'}, ' \u00b7 ' + HELP()));
     } catch (error) { say(error.message); }
   };
   view.end = () => {
@@ -406,7 +413,8 @@ STYLE = """
 .zl { --zl-ink: #1d2328; --zl-soft: #59636c; --zl-paper: #f6f8f9; --zl-line: #cfd6db; --zl-button: #fff; --zl-chosen: #0b5c94;
   display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1fr); height: 100%; overflow: hidden; background: var(--zl-sky); color: var(--zl-ink);
   font: 13px/1.4 system-ui, -apple-system, "Segoe UI", sans-serif; text-align: left; }
-.zl.zl-dark { --zl-ink: #e3e8ec; --zl-soft: #a3aeb7; --zl-paper: #1b2025; --zl-line: #39424a; --zl-button: #272e35; --zl-chosen: #2f86c6; }
+.zl.zl-dark { --zl-ink: #e3e8ec; --zl-soft: #a3aeb7; --zl-paper: #1b2025; --zl-line: #39424a; --zl-button: #272e35; --zl-chosen: #2f86c6;
+  color-scheme: dark; }
 .zl.zl-open { grid-template: minmax(0, 1fr) / minmax(0, 1fr) 264px; }
 .zl.zl-open.zl-narrow { grid-template: minmax(0, 1fr) minmax(0, 42%) / minmax(0, 1fr); }
 .zl .zl-stage { position: relative; overflow: hidden; }
@@ -414,7 +422,9 @@ STYLE = """
 .zl canvas:active { cursor: grabbing; }
 .zl canvas:focus-visible { outline: 2px solid var(--zl-chosen); outline-offset: -2px; }
 .zl .zl-note { position: absolute; z-index: 1; left: 12px; bottom: 8px; right: 12px; margin: 0; color: var(--zl-on-sky); opacity: .72;
-  pointer-events: none; font-size: 12.5px; }
+  pointer-events: none; font-size: 12.5px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.zl.zl-narrow .zl-help { display: none; }
+.zl .zl-soft { color: var(--zl-soft); margin: 10px 0 0; }
 .zl button, .zl select { font: inherit; color: var(--zl-ink); background: var(--zl-button); border: 1px solid var(--zl-line); border-radius: 5px; }
 .zl button { padding: 3px 9px; cursor: pointer; }
 .zl button:hover { border-color: var(--zl-chosen); }
@@ -425,7 +435,8 @@ STYLE = """
 .zl .zl-row { display: grid; grid-template-columns: 88px minmax(0, 1fr); align-items: center; gap: 8px; min-height: 30px; margin: 0; }
 .zl .zl-row > span:first-child { color: var(--zl-soft); }
 .zl .zl-pair { display: flex; align-items: center; gap: 6px; }
-.zl .zl-pair output { min-width: 2.6em; text-align: right; font-variant-numeric: tabular-nums; color: var(--zl-soft); }
+.zl output { font-variant-numeric: tabular-nums; color: var(--zl-soft); }
+.zl .zl-pair output { min-width: 2.6em; text-align: right; }
 .zl input[type=range] { flex: 1; width: 100%; min-width: 0; margin: 0; accent-color: var(--zl-chosen); touch-action: none; }
 .zl input[type=checkbox] { justify-self: start; width: 16px; height: 16px; margin: 0; accent-color: var(--zl-chosen); }
 .zl select { padding: 3px 4px; width: 100%; }

@@ -542,7 +542,9 @@ PAINTER_JS += r"""
       if (!picture || !view.pictures) return;
       gl.activeTexture(gl.TEXTURE3); gl.bindTexture(gl.TEXTURE_2D, picture);
       this.use(this.lines, {paint: [0, 0, 0, -1]});
+      gl.enable(gl.POLYGON_OFFSET_FILL); gl.polygonOffset(2, 2);   // behind the lines around it
       gl.drawArrays(gl.TRIANGLE_STRIP, 20 * k + 16, 4);
+      gl.disable(gl.POLYGON_OFFSET_FILL);
     });
   }
   drawInput(held, view) {                       // the picture that this camera took, over everything
