@@ -170,9 +170,10 @@ class FunctionDrawer:
         center=(0., 0., 0.),            # [3] of what there is to see
         radius:float=1.,                # of the same
         set_data=None,                  # called with new data
+        lock=None,                      # a lock that others who draw with it hold; our own by default
     ):
         self.function, self.center, self.radius = function, np.asarray(center, float), float(radius)
-        self.lock, self.new_data = threading.RLock(), set_data
+        self.lock, self.new_data = lock or threading.RLock(), set_data
         self.camera, self.coarse, self.first_detail = ViewCamera(), True, 1.
         self.reset()
 
@@ -652,15 +653,21 @@ REMOTE_CSS = """
 def scene_drawer(
     scene,           # a `Scene` of zerolab.view.scene
     own:bool=False,  # whether the view closes it
-    actor=None,      # the splats that new data go into
-) -> PlotterDrawer:
+    actor=None,      # the splats that new data go into, if there are several
+):                   # a `PlotterDrawer`, or a `FunctionDrawer` for a scene without OpenGL
     "Draws a scene; its splats are thinned out while it moves."
-    actors = [actor] if actor is not None else list(getattr(scene, "splats", ()))
-    if own and actor is not None: stand_back(scene.plotter.camera, *extent(actor.gaussians.means))
-    thin = [lambda lod, actor=actor: actor.update(lod=lod) for actor in actors]
-    count = sum(len(actor.gaussians) for actor in actors if hasattr(actor, "gaussians"))
+    actors = [actor] if actor is not None else list(scene.splats)
     set_data = (lambda data: actors[0].set_data(one_scene(data))) if len(actors) == 1 else None
-    return PlotterDrawer(scene.plotter, scene.lock, thin, count, set_data, scene.close if own else None)
+    low, high = scene.bounds()
+    place = extent(actors[0].gaussians.means) if len(actors) == 1 else ((low + high) / 2, np.linalg.norm(high - low) / 2)
+    if scene.plotter is None:
+        def function(K, w2c, width, height):
+            scene.resize((height, width))
+            return scene.look_from(Cameras(K[None], w2c[None], (height, width))).screenshot()
+        return FunctionDrawer(function, *place, set_data, scene.lock)
+    if own: stand_back(scene.plotter.camera, *place)
+    thin = [lambda lod, actor=actor: actor.update(lod=lod) for actor in actors]
+    return PlotterDrawer(scene.plotter, scene.lock, thin, sum(len(actor.gaussians) for actor in actors), set_data, scene.close if own else None)
 
 
 def choose_drawer(
@@ -963,6 +970,7 @@ def view_size(
 ) -> tuple[int, int]:        # (height, width)
     "How large a view is."
     plotter = getattr(what, "plotter", what)
+    if size is None and hasattr(what, "lock"): size = what.size
     if size is None: size = tuple(plotter.window_size[::-1]) if getattr(plotter, "render_window", None) is not None else (480, 640)
     try: size = tuple(int(side) for side in size)
     except (TypeError, ValueError): raise ValueError(f"RemoteView: size is {size!r}, need (height, width) in pixels") from None
