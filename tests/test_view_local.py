@@ -297,8 +297,8 @@ def test_the_kernel_and_the_mouse_move_the_same_camera(browser, widgets):
     small = Gaussians(gaussians.means, gaussians.quats, 0.5 * gaussians.scales, gaussians.opacities, gaussians.sh)
     assert psnr(picture(browser, "views[0]")[:300], truth(small, orbit([200.], -30., 2., size=(300, 300)))) > 48
     assert browser.evaluate("models[0].saved") == saved, "what comes from the kernel is not sent back"
-    browser.evaluate("models[0].set('packed', {...packed, header: {...packed.header, middle: [9, 9, 9]}})")
-    browser.wait("views[0].data.header.middle[0] === 9")
+    browser.evaluate("models[0].set('packed', {...packed, header: {...packed.header, middle: [-9, -9, -9]}})")
+    browser.wait("views[0].data.header.middle[0] === -9")
     assert picture(browser, "views[0]")[:300].min() == 255, "new splats, out of sight"
     assert browser.messages == []
 

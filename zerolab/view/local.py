@@ -191,6 +191,10 @@ VIEW_JS += r"""
     Object.assign(canvas, {width, height});
     if (this.visible && this.order) this.frame(); else this.ask();
   }
+"""
+
+# %% ../../nbs/view/04_local.ipynb #2521074d
+VIEW_JS += r"""
   see(visible) {                                // out of sight, the graphics card is for others; the picture stays
     this.visible = visible;
     clearTimeout(this.later);
@@ -292,8 +296,8 @@ function cropRows(view, set) {                  // two sliders for each axis, ov
 
 # %% ../../nbs/view/04_local.ipynb #36540860
 PANEL_JS += r"""
-function panel(view, root) {
-  const {look, settings, data: {header}} = view, box = make('div', {className: 'zl-panel'}), refresh = [];
+function controls(view, box, refresh) {        // rows for settings, which follow what others set
+  const {look, data: {header}} = view;
   const set = change => { view.set(change); view.hooks.look?.(change); };
   const row = (name, control) => box.append(make('label', {className: 'zl-row'}, make('span', {}, name), control));
   const select = (name, key, options, parse = x => x) => {
@@ -312,6 +316,14 @@ function panel(view, root) {
     refresh.push(() => { control.checked = look[key]; });
     row(name, control);
   };
+  return {set, select, slider, check};
+}"""
+
+# %% ../../nbs/view/04_local.ipynb #bd3aae0e
+PANEL_JS += r"""
+function panel(view, root) {
+  const {look, settings, data: {header}} = view, box = make('div', {className: 'zl-panel'}), refresh = [];
+  const {set, select, slider, check} = controls(view, box, refresh);
   select('show', 'mode', [['rgb', 'colour'], ['depth', 'depth'], ['normal', 'normals'], ['alpha', 'alpha'], ['points', 'points']]);
   const depths = make('output'), deep = make('div', {className: 'zl-row'}, make('span', {}, 'near to far'), depths);
   box.append(deep);
@@ -350,6 +362,10 @@ function panel(view, root) {
   return box;
 }
 
+"""
+
+# %% ../../nbs/view/04_local.ipynb #4a247703
+PANEL_JS += r"""
 function savePicture(view) {
   view.canvas.toBlob(blob => {
     const link = make('a', {href: URL.createObjectURL(blob), download: 'splats.png'});
@@ -573,7 +589,7 @@ def splat_html(
     return Path(path)
 
 # %% ../../nbs/view/04_local.ipynb #9e94bfb2
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Embedded:
     "A page that a notebook shows as the output of a cell."
     document: str  # HTML
@@ -581,6 +597,7 @@ class Embedded:
     title: str
     height: int    # pixels
 
+    def __repr__(self): return f"Embedded({self.title!r}, {len(self.document) / 1e3:.0f} kB)"
     def _repr_html_(self):
         document = self.document
         for letter, entity in (("&", "&amp;"), ('"', "&quot;"), ("\n", "&#10;"), ("$", "&#36;"), ("`", "&#96;"), ("\\", "&#92;")):
@@ -643,12 +660,35 @@ export default {render({model, el}) {
 }};"""
 
 # %% ../../nbs/view/04_local.ipynb #66ed7768
+class _Shown:
+    "What a view can do with what it shows."
+
+    def _now(self): return self.settings | dict(camera=self.camera, look={name: getattr(self, name) for name in self.settings["look"]})
+
+    def to_html(self, path):
+        "Write what is shown as one HTML file."
+        with atomic_path(path) as temporary: temporary.write_text("".join(_page(pack_splats(self.gaussians), self._now())), encoding="utf-8")
+        return Path(path)
+
+    def embed(self):
+        "What is shown, as a page inside a page."
+        settings = self._now()
+        document = "".join(_page(pack_splats(self.gaussians, level=9), settings | dict(embedded=True)))
+        return Embedded(document, _snapshot(self.gaussians, settings) if len(self.gaussians) else "", settings["title"], self.height)
+
+    def _repr_mimebundle_(self, **kwargs):
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data, about = bundle if isinstance(bundle, tuple) else (bundle, {})
+        if len(self.gaussians): data = data | {"image/jpeg": _snapshot(self.gaussians, self._now()).partition(",")[2]}
+        return data, about
+
+# %% ../../nbs/view/04_local.ipynb #a3099420
 @cache
 def _widget_class():
     "The class, made when the first view is: importing anywidget takes a while, and who only writes files needs none."
     import anywidget
     import traitlets as t
-    class LocalView(anywidget.AnyWidget):
+    class LocalView(_Shown, anywidget.AnyWidget):
         _esm, _css = viewer_js() + WIDGET_JS, STYLE
         packed, settings, camera = (t.Dict().tag(sync=True) for _ in range(3))
         mode = t.Enum(MODES, "rgb").tag(sync=True)
@@ -675,25 +715,6 @@ def _widget_class():
         def cameras(self, size=(480, 640)):
             "The camera of the view, for pictures of `size` (height, width)."
             return dict_camera(self.camera, size)
-
-        def _now(self): return self.settings | dict(camera=self.camera, look={name: getattr(self, name) for name in self.settings["look"]})
-
-        def to_html(self, path):
-            "Write what is shown as one HTML file."
-            with atomic_path(path) as temporary: temporary.write_text("".join(_page(pack_splats(self.gaussians), self._now())), encoding="utf-8")
-            return Path(path)
-
-        def embed(self):
-            "What is shown, as a page inside a page."
-            settings = self._now()
-            document = "".join(_page(pack_splats(self.gaussians, level=9), settings | dict(embedded=True)))
-            return Embedded(document, _snapshot(self.gaussians, settings) if len(self.gaussians) else "", settings["title"], self.height)
-
-        def _repr_mimebundle_(self, **kwargs):
-            bundle = super()._repr_mimebundle_(**kwargs)
-            data, about = bundle if isinstance(bundle, tuple) else (bundle, {})
-            if len(self.gaussians): data = data | {"image/jpeg": _snapshot(self.gaussians, self._now()).partition(",")[2]}
-            return data, about
     return LocalView
 
 def _travelling(gaussians) -> dict:

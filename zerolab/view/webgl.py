@@ -121,7 +121,7 @@ def unpack_splats(
     smaller = columns[:, 8:11] * steps["quaternion"]
     quats = np.sqrt(np.maximum(0, 1 - (smaller**2).sum(1, keepdims=True))).repeat(4, 1)
     np.put_along_axis(quats, np.arange(3) + (np.arange(3) >= columns[:, 7:8]), smaller, 1)
-    sh = np.concatenate([columns[:, 11:14] * steps["color"] / SH_C0, columns[:, 14:] * steps["sh"]], 1).reshape(count, -1, 3)
+    sh = np.concatenate([columns[:, 11:14] * steps["color"] / SH_C0, columns[:, 14:] * steps["sh"]], 1).reshape(count, (header["degree"] + 1)**2, 3)
     arrays = means, quats, np.exp2(columns[:, 3:6] * steps["octave"]), columns[:, 6] / 255, sh
     return Gaussians(*(torch.from_numpy(np.ascontiguousarray(array)).float() for array in arrays))
 
@@ -531,6 +531,10 @@ PAINTER_JS += r"""
     if (view.fade && held.pictures[view.chosen]) this.drawInput(held, view);
     if (!this.lost) to.getContext('2d', {alpha: false}).drawImage(this.canvas, 0, this.canvas.height - height, width, height, 0, 0, width, height);
   }
+"""
+
+# %% ../../nbs/view/03a_webgl.ipynb #2816f8c3
+PAINTER_JS += r"""
   drawFrustums(held, view) {
     const {gl} = this;
     if (!view.frustums || !held.frames) return;
