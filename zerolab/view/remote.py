@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ARROWS', 'BUTTONS', 'BUILD_JS', 'VIEW_JS', 'POINTER_JS', 'REMOTE_CSS', 'ViewCamera', 'vertical_axis', 'turn', 'pan',
            'zoom', 'look_along', 'fit', 'stand_back', 'read_view', 'aim', 'FunctionDrawer', 'one_scene', 'extent',
-           'splat_drawer', 'plotter_lock', 'ContextTaken', 'draw_plotter', 'PlotterDrawer', 'merge_events',
-           'move_camera', 'send_to_interactor', 'FrameLoop', 'encode_picture', 'scene_drawer', 'choose_drawer', 'Pace',
-           'Hand', 'Stage', 'Frames', 'LiveView', 'RemoteView', 'view_size', 'has_front_end', 'pyvista_backend',
-           'use_in_pyvista']
+           'splat_drawer', 'plotter_lock', 'ContextTaken', 'draw_plotter', 'subplot_camera', 'PlotterDrawer',
+           'merge_events', 'move_camera', 'send_to_interactor', 'FrameLoop', 'encode_picture', 'scene_functions',
+           'scene_drawer', 'choose_drawer', 'Pace', 'Hand', 'Stage', 'Frames', 'LiveView', 'RemoteView', 'view_size',
+           'has_front_end', 'pyvista_backend', 'use_in_pyvista']
 
 # %% ../../nbs/view/05_remote.ipynb #f8ca979d
 import asyncio, base64, ctypes, os, sys, threading, time, traceback, weakref
@@ -162,6 +162,16 @@ def aim(
     camera.view_angle = float(np.degrees(2 * np.arctan(cameras.height / 2 / K[1, 1])))
 
 # %% ../../nbs/view/05_remote.ipynb #98e89ed5
+@contextmanager
+def _bare(drawer, through):
+    "Inside, what would stand in the way of a given camera is hidden: its own frustum above all."
+    if through is None or drawer.hide is None: yield
+    else:
+        drawer.hide(True)
+        try: yield
+        finally: drawer.hide(False)
+
+
 class FunctionDrawer:
     "Pictures from a function of the camera."
 
@@ -171,9 +181,10 @@ class FunctionDrawer:
         radius:float=1.,                # of the same
         set_data=None,                  # called with new data
         lock=None,                      # a lock that others who draw with it hold; our own by default
+        hide=None,                      # called with True and False: what is not drawn through a given camera
     ):
         self.function, self.center, self.radius = function, np.asarray(center, float), float(radius)
-        self.lock, self.new_data = lock or threading.RLock(), set_data
+        self.lock, self.new_data, self.hide = lock or threading.RLock(), set_data, hide
         self.camera, self.coarse, self.first_detail = ViewCamera(), True, 1.
         self.reset()
 
@@ -188,7 +199,7 @@ class FunctionDrawer:
         "uint8 [H,W,3] of about `size` (height, width), or smaller; `through` a given camera."
         cameras = through.resize(size) if through is not None else read_view(self.camera, size)
         if detail < 1: cameras = cameras.resize(tuple(max(8, round(side * detail**.5)) for side in size))
-        with self.drawing(), torch.no_grad():
+        with self.drawing(), torch.no_grad(), _bare(self, through):
             image = self.function(cameras.K[0], cameras.w2c[0], cameras.width, cameras.height)
         if not hasattr(image, "shape") or tuple(image.shape[:2]) != cameras.size:
             raise ValueError(f"the renderer returned {getattr(image, 'shape', type(image).__name__)}, need [{cameras.height},{cameras.width},3]")
@@ -279,6 +290,18 @@ def draw_plotter(
     return vtk_to_numpy(pixels).reshape(height, width, 3)[::-1].copy()
 
 # %% ../../nbs/view/05_remote.ipynb #4da62746
+def subplot_camera(
+    plotter,      # pyvista's
+    x:float,      # 0 to 1 from the left of the picture
+    y:float,      # 0 to 1 from its top
+):                # pyvista's camera
+    "The camera of the subplot at a place."
+    for renderer in plotter.renderers:
+        left, low, right, high = renderer.GetViewport()
+        if left <= x <= right and low <= 1 - y <= high: return renderer.camera
+    return plotter.camera
+
+
 def _make_ready(plotter, busy):
     "Let a plotter be drawn by any thread: who draws gives back the context, unless `busy()`, and the mouse only moves the camera."
     interactor = plotter.render_window.GetInteractor()
@@ -300,8 +323,10 @@ class PlotterDrawer:
         count:int=0,              # Gaussians in the scene
         set_data=None,            # called with new data
         close=None,               # called at the end; None: the plotter belongs to somebody else
+        hide=None,                # called with True and False: what is not drawn through a given camera
     ):
         self.plotter, self.lock, self.splats, self.new_data, self.end, self.depth = plotter, lock or plotter_lock(plotter), splats, set_data, close, 0
+        self.hide = hide
         self.coarse, self.first_detail, self.lod = bool(splats), min(1., 2.**np.floor(np.log2(60_000 / max(count, 1)))), 1.
         self.main, me = None, weakref.ref(self)
         with suppress(RuntimeError): self.main = asyncio.get_running_loop()      # to ask the main thread for the context
@@ -323,12 +348,7 @@ class PlotterDrawer:
                 self.depth -= 1
                 if self.depth == 0 and self.plotter.render_window is not None: window.ReleaseCurrent()
 
-    def camera_at(self, x, y):
-        "The camera of the subplot at a place in the picture: 0 to 1 from the left and from the top."
-        for renderer in self.plotter.renderers:
-            left, low, right, high = renderer.GetViewport()
-            if left <= x <= right and low <= 1 - y <= high: return renderer.camera
-        return self.plotter.camera
+    def camera_at(self, x, y): return subplot_camera(self.plotter, x, y)
 
     camera = property(lambda self: self.plotter.camera)
 
@@ -338,7 +358,7 @@ class PlotterDrawer:
             if self.splats and detail != self.lod:
                 for set_lod in self.splats: set_lod(detail)
                 self.lod = detail
-            return draw_plotter(self.plotter, size, through)
+            with _bare(self, through): return draw_plotter(self.plotter, size, through)
 
     def reset(self):
         for camera, *values in self.homes: camera.position, camera.focal_point, camera.up, camera.view_angle = values
@@ -650,6 +670,20 @@ REMOTE_CSS = """
 """
 
 # %% ../../nbs/view/05_remote.ipynb #45800a18
+def scene_functions(
+    scene,           # a `Scene` without OpenGL
+) -> tuple:          # (K, w2c, width, height) -> uint8 [H,W,3], and what hides the lines
+    "Draws a scene by our CPU renderer."
+    def function(K, w2c, width, height):
+        scene.resize((height, width))
+        return scene.look_from(Cameras(K[None], w2c[None], (height, width))).screenshot()
+    kept = []
+    def hide(hidden):
+        if hidden: kept[:], scene.lines = scene.lines, []
+        else: scene.lines = [*kept, *scene.lines]
+    return function, hide
+
+
 def scene_drawer(
     scene,           # a `Scene` of zerolab.view.scene
     own:bool=False,  # whether the view closes it
@@ -661,15 +695,18 @@ def scene_drawer(
     low, high = scene.bounds()
     place = extent(actors[0].gaussians.means) if len(actors) == 1 else ((low + high) / 2, np.linalg.norm(high - low) / 2)
     if scene.plotter is None:
-        def function(K, w2c, width, height):
-            scene.resize((height, width))
-            return scene.look_from(Cameras(K[None], w2c[None], (height, width))).screenshot()
-        return FunctionDrawer(function, *place, set_data, scene.lock)
-    if own: stand_back(scene.plotter.camera, *place)
+        function, hide = scene_functions(scene)
+        return FunctionDrawer(function, *place, set_data, scene.lock, hide)
+    if own:
+        eyes = [float(np.linalg.norm(camera.centers[0].double().numpy() - place[0])) for camera in scene.cameras]
+        stand_back(scene.plotter.camera, place[0], max([place[1], *eyes]))
     thin = [lambda lod, actor=actor: actor.update(lod=lod) for actor in actors]
-    return PlotterDrawer(scene.plotter, scene.lock, thin, sum(len(actor.gaussians) for actor in actors), set_data, scene.close if own else None)
+    def hide(hidden):
+        for frustum in sum(scene.frustums, []): frustum.SetVisibility(not hidden)
+    count = sum(len(actor.gaussians) for actor in actors)
+    return PlotterDrawer(scene.plotter, scene.lock, thin, count, set_data, scene.close if own else None, hide)
 
-
+# %% ../../nbs/view/05_remote.ipynb #e9a804cd
 def choose_drawer(
     what,                            # Gaussians, a `Scene`, a pyvista plotter, or None with a renderer of your own
     renderer="vtk",                  # vtk, cpu, or a function (K, w2c, width, height) -> image

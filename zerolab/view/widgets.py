@@ -399,7 +399,7 @@ def view(
     cameras:Cameras|None=None,       # input cameras: frustums in the scene, and a list to look through them
     images=None,                     # [V,H,W,3 or 4] what they saw: to compare with
     meshes=(),                       # more to put into the scene: `Mesh`, or anything that pyvista draws
-    size=(480, 640),                 # (height, width) pixels at most
+    size=None,                       # (height, width) pixels at most; a plotter's own, or 480 by 640
     background=(1., 1., 1.),         # rgb in [0,1]
     renderer="auto",                 # vtk, cpu (what the loss sees), auto: vtk where OpenGL is, or a function (K, w2c, width, height) -> image
     static:bool|None=None,           # a picture instead of a widget; None: where no person's notebook is attached
