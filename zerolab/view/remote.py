@@ -548,15 +548,18 @@ function render({model, el}) {
   const {root, canvas, note, button} = build(model, el), paint = canvas.getContext('2d'), id = Math.random().toString(36).slice(2);
   let drawn = 0, silence = null, gone = false;
   const say = text => { note.textContent = text; };
-  const send = (kind, more) => { if (!gone) model.send({kind, id, ...more}); };
+  const send = (kind, more) => {
+    if (gone) return false;
+    try { model.send({kind, id, ...more}); return true; }
+    catch { say('The kernel of this view is gone: run its cell again'); return false; }
+  };
   const ask = (kind, more) => {               // what deserves an answer
-    send(kind, more);
-    if (!silence) silence = setTimeout(() => say('Waiting for the kernel'), 4000);
+    if (send(kind, more) && !silence) silence = setTimeout(() => say('Waiting for the kernel'), 4000);
   };
   const press = key => () => ask('key', {key});
-  button('\\u2302', 'Reset the view (r)', press('r'));
+  button('reset', 'Reset the view (r)', press('r'));
   for (const axis of 'xyz') button(axis, 'Look along ' + axis, press(axis));
-  button('\\u26f6', 'Full screen', () => document.fullscreenElement ? document.exitFullscreen() : root.requestFullscreen());
+  button('full', 'Full screen', () => document.fullscreenElement ? document.exitFullscreen() : root.requestFullscreen());
   const receive = async (message, buffers) => {
     if (message.kind === 'note') { clearTimeout(silence); silence = null; return say(message.text); }
     if (message.kind !== 'frame') return;

@@ -177,7 +177,7 @@ def slider(
     **look,         # of the class
 ):                  # the widget
     "A slider as these panels use it."
-    return kind(description=name, tooltip=tip, continuous_update=True, style=dict(description_width="5.5em"), layout=dict(width="15em"), **look)
+    return kind(description=name, tooltip=tip, continuous_update=True, style=dict(description_width="7em"), layout=dict(width="21em", max_width="100%"), **look)
 
 
 class Controls:
@@ -189,10 +189,10 @@ class Controls:
         changed,           # called with the changed fields of the look
     ):
         self.changed, items = changed, {}
-        items["mode"] = widgets.Dropdown(options=subject.modes, value=look.mode, description="mode", style=dict(description_width="5.5em"),
-                                         layout=dict(width="15em"))
+        items["mode"] = widgets.Dropdown(options=subject.modes, value=look.mode, description="mode", style=dict(description_width="7em"),
+                                         layout=dict(width="21em", max_width="100%"))
         items["scale"] = slider(widgets.FloatSlider, "splat size", "times the standard deviations", min=.05, max=2., step=.05, value=look.scale)
-        items["min_opacity"] = slider(widgets.FloatSlider, "opacity from", "fainter Gaussians are left out", min=0., max=1., step=.01,
+        items["min_opacity"] = slider(widgets.FloatSlider, "least opacity", "fainter Gaussians are left out", min=0., max=1., step=.01,
                                       value=look.min_opacity)
         degree = subject.gaussians.sh_degree
         if degree:
@@ -373,7 +373,7 @@ class View(Handle, Switches, widgets.VBox):
     def _camera_row(self):
         "What leads to the input cameras."
         self.chosen = widgets.Dropdown(options=[("free", None), *((f"camera {k}", k) for k in range(len(self.cameras)))], description="look from",
-                                       style=dict(description_width="5.5em"), layout=dict(width="15em"))
+                                       style=dict(description_width="7em"), layout=dict(width="21em", max_width="100%"))
         self.against = widgets.ToggleButtons(options=["render", "truth", "difference"], style=dict(button_width="auto"))
         if self.images is None: self.against.layout.display = "none"
         for item in (self.chosen, self.against): item.observe(lambda _: self._look(), "value")
