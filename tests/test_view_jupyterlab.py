@@ -90,9 +90,17 @@ def drag(browser, k, steps=8, seconds=0., reach=60):
     x, y = x + width / 2, y + height / 2
     browser.mouse("mousePressed", x, y, clickCount=1)
     for i in range(1, steps + 1):
-        browser.mouse("mouseMoved", x + reach * np.sin(3 * i / steps), y + 10 * i / steps)
+        browser.mouse("mouseMoved", x + reach * i / steps, y + 10 * i / steps)
         time.sleep(seconds)
-    browser.mouse("mouseReleased", x, y, clickCount=1)
+    browser.mouse("mouseReleased", x + reach, y + 10, clickCount=1)
+
+
+def wait_for(happened, seconds=30):
+    "Until something is so."
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(.1)
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +213,11 @@ def test_the_view_in_the_browser_and_a_page_for_a_colleague(lab):
     b = lab.browser
     b.evaluate(f"{button('in the browser')}.click(), 1")
     b.wait(f"!{cell(1)}.querySelector('.zerolab-canvas') && !!{canvas(1)}", 30)
-    deadline = time.monotonic() + 30
-    while b.picture(canvas(1)).std() < 10 and time.monotonic() < deadline: time.sleep(.2)
+    wait_for(lambda: b.picture(canvas(1)).std() > 10)
+    drag(b, 1, reach=1)                                    # the outline of the focus
     before = b.picture(canvas(1))
-    assert before.std() > 10
     drag(b, 1)
-    time.sleep(1)
-    assert np.abs(b.picture(canvas(1)) - before).mean() > 3
+    wait_for(lambda: np.abs(b.picture(canvas(1)) - before).mean() > 3)
     b.evaluate(f"{button('Save HTML')}.click(), 1")
     b.wait(f"{cell(1)}.innerText.includes('Saved ')", 30)
     b.evaluate(f"{button('in the kernel')}.click(), 1")
