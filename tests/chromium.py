@@ -133,9 +133,9 @@ class Browser:
         if path: Path(path).write_bytes(png)
         return png
 
-    def outside(self):
-        """What it asked of anything but this machine's files."""
-        return [url for url in self.requests if not url.startswith(("file:", "data:", "blob:", "about:"))]
+    def outside(self, *allowed):
+        """What it asked of anything but this machine's files and addresses that begin with one of `allowed`."""
+        return [url for url in self.requests if not url.startswith(("file:", "data:", "blob:", "about:", *allowed))]
 
     def close(self):
         self.socket.close()

@@ -211,6 +211,7 @@ def test_pyvista_shows_any_scene(lab):
 
 def test_the_view_in_the_browser_and_a_page_for_a_colleague(lab):
     b = lab.browser
+    lab.kernel("v.gaussians = gaussians")                  # as large as before the training
     b.evaluate(f"{button('in the browser')}.click(), 1")
     b.wait(f"!{cell(1)}.querySelector('.zerolab-canvas') && !!{canvas(1)}", 30)
     wait_for(lambda: b.picture(canvas(1)).std() > 10)

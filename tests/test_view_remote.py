@@ -1,8 +1,10 @@
 """RemoteView without a browser: frames, cameras, threads, and everything that can go away under it."""
+import asyncio
 import base64
 import gc
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -342,7 +344,6 @@ def test_a_slow_renderer_gets_less_detail_while_it_moves_and_all_of_it_at_rest()
     (lambda K, w2c, width, height: 1 / 0, "ZeroDivisionError"), (lambda K, w2c, width, height: None, "need \\[60,80,3\\]"),
     (lambda K, w2c, width, height: np.zeros((60, 80, 5)), "shape")])
 def test_errors_of_a_renderer_are_said_and_the_thread_lives(function, words):
-    import re
     view = RemoteView(renderer=function, size=(60, 80))
     page = Page(view).rest()
     page.hand(kind="key", key="+")
@@ -495,3 +496,19 @@ def test_pyvista_shows_it(plotter, monkeypatch):
 def test_importing_the_module_does_not_load_vtk():
     script = "import sys, zerolab.view.remote; print({'vtk', 'vtkmodules', 'pyvista'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_a_main_thread_that_keeps_the_context_is_asked_for_it(plotter):
+    async def main():
+        view = RemoteView(plotter)
+        page = Page(view).rest()
+        count = len(page.frames)
+        plotter.render_window.MakeCurrent()                    # as plotter.screenshot() leaves it
+        page.hand(kind="key", key="ArrowLeft")
+        deadline = time.monotonic() + 20
+        while len(page.frames) == count and time.monotonic() < deadline: await asyncio.sleep(.05)
+        page.rest()
+        view.close()
+        return count, page
+    count, page = asyncio.run(main())
+    assert len(page.frames) > count and not page.notes and min(picture.std() for _, picture in page.frames) > 10

@@ -317,6 +317,7 @@ class Switches:
                 from zerolab.view.local import LocalView
                 self.local = LocalView(self.subject.gaussians, height=self.size[0], title=self.title, background=self.background,
                                        cameras=self.cameras, pictures=self.images)
+                self.local.layout.max_width = f"{self.size[1]}px"
             elif self.local.gaussians is not self.subject.gaussians: self.local.set_data(self.subject.gaussians)
             self._tell_local()
             self.local.view_from(self.remote.stage.through if self.remote.stage.through is not None else read_view(camera, self.size))
