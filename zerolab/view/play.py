@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'LIMITS', 'FIRST', 'FOLDED', 'CHOICES', 'TURN_JS', 'PIXEL', 'VIEWS', 'COLUMNS', 'PORTION', 'LIGHT_RESOLUTION',
-           'STYLE', 'changes', 'recipe_code', 'later_fields', 'control', 'Controls', 'Worker', 'add_textured',
-           'MeshView', 'jpeg', 'turntable', 'describe_html', 'Studio', 'arrange', 'trouble_html', 'Play', 'play']
+           'STYLE', 'changes', 'recipe_code', 'later_fields', 'control', 'Controls', 'Worker', 'MeshView', 'jpeg',
+           'turntable', 'describe_html', 'Studio', 'arrange', 'trouble_html', 'Play', 'play']
 
 # %% ../../nbs/view/09_play.ipynb #537d03ef
 import base64, json, os, threading, time, zlib
@@ -22,13 +22,13 @@ from ..render.light import bake_light
 from ..render.mesh import render_mesh
 from ..scene.cameras import orbit, random_views
 from ..scene.glb import save_glb
-from ..scene.mesh import Mesh, linear_to_srgb
 from ..scene.paths import root, run_dir
 from ..shapes.primitives import KINDS
 from ..shapes.zeroverse import (
     HEIGHT_FIELD, PAPER, RELEASE, THINGS, Recipe, make_shape, no_boolean, no_heightfield, no_wireframe, primitives_only)
 from .sheet import contact_sheet, to_uint8
 from .gl import find_opengl
+from .scene import add_textured
 from .splats import place_camera
 
 # %% ../../nbs/view/09_play.ipynb #4fd704bf
@@ -196,32 +196,6 @@ class Worker:
             try: self.tasks[task[0]](*task[1])
             except Exception as error: self.failed(error)
         self.ended()
-
-# %% ../../nbs/view/09_play.ipynb #5864d78a
-def add_textured(
-    plotter,                # pyvista's
-    mesh:Mesh,
-    light:np.ndarray,       # [N,4] of `bake_light`
-    *,
-    edges:bool=False,       # whether the triangles' edges are drawn
-) -> list:                  # of actors, one for each material that is there
-    "Put a mesh with its textures and its baked light into a pyvista scene."
-    import pyvista as pv
-    shade, actors = np.round(255 * linear_to_srgb(light[:, :3].clip(0, 1))).astype(np.uint8), []
-    for material in np.unique(mesh.material_ids):
-        used, corners = np.unique(mesh.faces[mesh.material_ids == material], return_inverse=True)
-        piece = pv.PolyData.from_regular_faces(mesh.positions[used], corners.reshape(-1, 3))
-        piece.active_texture_coordinates = mesh.uvs[used] * np.float32([1, -1])          # VTK counts v from the last row
-        piece["light"] = shade[used]
-        mapper = pv.DataSetMapper(piece)
-        mapper.SetColorModeToDirectScalars()                                             # the light is a colour, to be multiplied with the texture
-        texture = pv.Texture(mesh.albedo[material])
-        texture.repeat = texture.mipmap = texture.interpolate = True
-        actors.append(pv.Actor(mapper=mapper))
-        actors[-1].texture = texture
-        actors[-1].prop.lighting, actors[-1].prop.show_edges, actors[-1].prop.edge_opacity = False, edges, .4
-        plotter.add_actor(actors[-1], reset_camera=False, render=False)
-    return actors
 
 # %% ../../nbs/view/09_play.ipynb #a5a31ae2
 class MeshView:

@@ -99,7 +99,7 @@ def _depth_picture(render, background) -> np.ndarray:
     import matplotlib
     depth, alpha = render.depth[0, ..., 0].numpy(), render.alpha[0].numpy()
     seen = depth[alpha[..., 0] > 0.5]
-    low, high = np.percentile(seen, (2, 98)) if len(seen) else (0., 1.)
+    low, high = np.percentile(seen, (2, 95)) if len(seen) else (0., 1.)
     colors = matplotlib.colormaps["viridis_r"](np.clip((depth - low) / max(high - low, 1e-6), 0, 1))[..., :3]
     return to_uint8(colors * alpha + np.asarray(background) * (1 - alpha))
 
@@ -214,10 +214,10 @@ class Scene(Window):
         return self.splats[-1]
 
     def add_mesh(self, mesh, **options) -> list:
-        "Show a zerolab `Mesh` (options of `add_textured`) or anything that pyvista draws (options of its `add_mesh`); returns the actors."
+        "Show a zerolab `Mesh` in its baked light (options of `add_textured`), or what pyvista draws (options of its `add_mesh`); returns the actors."
         with self.lock:
             if self.plotter is None: return []
-            if isinstance(mesh, Mesh): actors = add_textured(self.plotter, mesh, **options)
+            if isinstance(mesh, Mesh): actors = add_textured(self.plotter, mesh, **dict(light=_baked(mesh)) | options)
             else: actors = [self.plotter.add_mesh(mesh, **dict(color="#b0b6bc", reset_camera=False, render=False) | options)]
             self.meshes += actors
         return actors
@@ -278,6 +278,11 @@ def _cpu_picture(scene: Scene) -> np.ndarray:
     else: image = Image.fromarray(scene.splats[0].draw(scene.camera, scene.background))
     for segments, color in scene.lines: draw_lines(image, scene.camera, segments, color)
     return np.array(image)
+
+def _baked(mesh: Mesh) -> np.ndarray:
+    "The light of the renderer's default, coarse shadows."
+    from zerolab.render.light import bake_light
+    return bake_light(mesh, resolution=128)
 
 def _box_edges(bounds) -> np.ndarray:
     "The twelve edges [12,2,3] of a box between two corners."
@@ -359,7 +364,7 @@ def compare(
     titles = [_view_psnr(x, y) for x, y in zip(first, second)]
     if mode == "difference":
         pictures = [_difference(x, y, largest) for x, y in zip(first, second)]
-        titles = [f"|{names[0]} - {names[1]}|, 0 to {largest:g}; {title}" for title in titles]
+        titles = [f"{title}; colours 0 to {largest:g}" for title in titles]
     else:
         border = round(split * first.shape[2])
         pictures = np.concatenate([first[:, :, :border], second[:, :, border:]], 2)

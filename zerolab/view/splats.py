@@ -202,7 +202,7 @@ def _keep_order(gaussians: Gaussians) -> tuple[np.ndarray, np.ndarray]:
     "The Gaussians in the order in which a coarser level keeps them, and how much area of the picture the first k stand for."
     area = gaussians.opacities.clamp_min(0) * gaussians.scales.clamp_min(0).sort(-1).values[:, 1:].prod(-1) + 1e-30
     luck = torch.rand(len(gaussians), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    order = (luck.log() / area.double().sqrt()).argsort(descending=True)  # without replacement (Efraimidis and Spirakis 2006)
+    order = (luck.log() / area.double()).argsort(descending=True)  # without replacement (Efraimidis and Spirakis 2006)
     return order.numpy(), area.double()[order].cumsum(0).numpy()
 
 # %% ../../nbs/view/02_splats.ipynb #acd6d125
@@ -350,8 +350,9 @@ def _prepare_view(actor: SplatActor, renderer) -> None:
     places = gaussians.means.numpy() @ view[:3, :3].T.astype(np.float32) + view[:3, 3].astype(np.float32)
     actor.mapper.SetScaleFactor(settings.scale * actor.growth)
     if not len(gaussians): return _show_bar(actor, renderer, None, None, (0., 1.))
-    _set_colors(actor, renderer, view, places)
-    _set_order(actor, np.argsort(places[:, 2]))  # far to near; OpenGL's z is negative in front
+    order = np.argsort(places[:, 2])  # far to near; OpenGL's z is negative in front
+    _set_colors(actor, renderer, view, places, order)
+    _set_order(actor, order)
 
 def choose_gaussians(
     gaussians: Gaussians,     # [N]
@@ -363,7 +364,7 @@ def choose_gaussians(
     if settings.lod < 1 and len(gaussians):
         order, area = levels or _keep_order(gaussians)
         count = max(1, round(settings.lod * len(order)))
-        growth = min(4., float(np.sqrt(area[-1] / area[count - 1])))
+        growth = min(4., float(area[-1] / area[count - 1])**(0.75 / 2))
         keep[torch.as_tensor(order[count:])] = False
     if settings.min_opacity > 0: keep &= gaussians.opacities >= settings.min_opacity
     if settings.crop is not None:
@@ -403,13 +404,13 @@ def _set_background(actor: SplatActor, renderer, mode: str) -> None:
         renderer.SetBackground(color)
         renderer.SetGradientBackground(gradient)
 
-def _set_colors(actor: SplatActor, renderer, view: np.ndarray, places: np.ndarray) -> None:
+def _set_colors(actor: SplatActor, renderer, view: np.ndarray, places: np.ndarray, order: np.ndarray) -> None:
     "The halved colours and the opacities, as seen from here."
     settings, gaussians, title, scale, limits = actor.settings, actor.shown, None, None, (0., 1.)
     if settings.mode == "depth":
         import matplotlib
         depths, scale = -places[:, 2], matplotlib.colormaps["viridis_r"](np.linspace(0, 1, 256))
-        limits = _depth_range(renderer, places)
+        limits = _depth_range(renderer, places[order])
         title, colors = "depth", scale[np.clip(255 * (depths - limits[0]) / (limits[1] - limits[0]), 0, 255).astype(np.uint8), :3]
     elif settings.mode == "normal":
         if actor.axes is None: actor.axes = short_axes(gaussians)
@@ -426,11 +427,16 @@ def _set_colors(actor: SplatActor, renderer, view: np.ndarray, places: np.ndarra
     _show_bar(actor, renderer, title, scale, limits)
 
 def _depth_range(renderer, places: np.ndarray) -> tuple[float, float]:
-    "The depths between which colours change: most of what the picture shows."
+    "The depths between which colours change: most of what is in front, of centres sorted far to near."
     matrix = renderer.GetActiveCamera().GetProjectionTransformMatrix(renderer.GetTiledAspectRatio(), -1, 1)
     focal, depths = np.array([matrix.GetElement(0, 0), matrix.GetElement(1, 1)]), -places[:, 2]
-    inside = (np.abs(places[:, :2] * focal) <= depths[:, None]).all(1) & (depths > NEAR)
-    low, high = np.percentile(depths[inside], (2, 98)) if inside.any() else (0., 1.)
+    inside = (np.abs(places[:, :2] * focal) < depths[:, None]).all(1) & (depths > NEAR)
+    if not inside.any(): return 0., 1.
+    cells = int(np.clip(np.sqrt(inside.sum() / 24), 4, 48))  # coarse enough that those in front hide those behind
+    column, row = ((places[inside, :2] * focal / depths[inside, None] + 1) / 2 * cells).astype(int).clip(0, cells - 1).T
+    nearest = np.full(cells * cells, np.nan)
+    nearest[row * cells + column] = depths[inside]  # the last to be written is the nearest
+    low, high = np.nanpercentile(nearest, (2, 95))
     return float(low), float(max(high, low + 1e-6 * max(1., abs(low))))
 
 # %% ../../nbs/view/02_splats.ipynb #b85f236a
