@@ -134,6 +134,10 @@ class SplatView {
     }
     this.hooks.moved?.();
   }
+"""
+
+# %% ../../nbs/view/04_local.ipynb #dcc366ef
+VIEW_JS += r"""
   ask() { if (!this.asked && !this.gone) this.asked = requestAnimationFrame(() => { this.asked = 0; this.frame(); }); }
   frame() {
     if (!this.visible || !this.data) return;
