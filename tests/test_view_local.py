@@ -1,4 +1,5 @@
 """Splats in a real browser: the page, the page inside a page and the widget show what the loss sees, and let go of what they took."""
+import base64
 import io
 import json
 import os
@@ -14,7 +15,8 @@ from PIL import Image
 from chromium import BINARY, Browser
 from zerolab.render.splats import render_splats
 from zerolab.scene.cameras import orbit
-from zerolab.scene.gaussians import Gaussians, covariances, eval_sh, rgb_to_sh
+from zerolab.jobs.cli import main
+from zerolab.scene.gaussians import Gaussians, covariances, eval_sh, rgb_to_sh, save_ply
 from zerolab.view.local import STYLE, WIDGET_JS, LocalView, camera_dict, dict_camera, embed, splat_html, viewer_js
 from zerolab.view.webgl import INFLATE_JS, pack_splats, unpack_splats
 
@@ -301,6 +303,54 @@ def test_the_kernel_and_the_mouse_move_the_same_camera(browser, widgets):
     browser.wait("views[0].data.header.middle[0] === -9")
     assert picture(browser, "views[0]")[:300].min() == 255, "new splats, out of sight"
     assert browser.messages == []
+
+
+def test_a_slow_machine_turns_coarsely_and_rests_fine(browser, tmp_path):
+    page = splat_html(cloud(4000), tmp_path / "a.html", background=(1, 1, 1))
+    opened(browser, page)
+    browser.evaluate("splatView.camera.turn(30, 0); splatView.changed()")
+    fine = picture(browser)
+    browser.evaluate("splatView.camera.turn(-30, 0); splatView.changed()")
+    picture(browser)
+    browser.evaluate("Object.assign(splatView, {slow: true, known: true}); splatView.camera.turn(30, 0); splatView.changed(true); clearTimeout(splatView.rest)")
+    browser.wait("splatView.coarse && !splatView.sorting")
+    assert browser.evaluate("splatView.values().keep") == 4
+    rough = "splatView.draw(), splatView.canvas.toDataURL().split(',')[1]"
+    rough = np.asarray(Image.open(io.BytesIO(base64.b64decode(browser.evaluate(rough)))).convert("RGB"))
+    blocks = lambda image: image.reshape(10, 20, 10, 20, 3).mean((1, 3))
+    assert psnr(rough, fine) < 45 and psnr(blocks(rough), blocks(fine)) > 24, "other splats, the same colours"
+    browser.evaluate("splatView.moving = false; splatView.ask()")
+    assert np.array_equal(picture(browser), fine)
+
+
+def test_the_command_writes_a_page_and_says_where(tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/train/1/artifacts"
+    run.mkdir(parents=True)
+    for age, name in enumerate(("new.ply", "old.ply")):
+        save_ply(cloud(20 + age, degree=1), run / name)
+        os.utime(run / name, (1e9 - age, 1e9 - age))
+    assert main(["view", "runs/train/1"]) == 0
+    assert capsys.readouterr().out == "zerolab: 20 Gaussians of runs/train/1/artifacts/new.ply, 0.1 MB: runs/train/1/artifacts/new.ply.html\n"
+    assert main(["view", "runs/train/1", "--list"]) == 0
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [f"runs/train/1/artifacts/{name}.ply" for name in ("new", "old")]
+    assert opened == []
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert main(["view", str(run / "old.ply"), "--out", "a.html", "--sh-degree", "0", "--axes", "y-down"]) == 0
+    assert opened == [(tmp_path / "a.html").as_uri()]
+    text = (tmp_path / "a.html").read_text()
+    assert '"degree": 0' in text and '"count": 21' in text and '"axis": [0.0, -1.0, 0.0]' in text
+    assert main(["view", str(run / "old.ply"), "--out", "a.html", "--no-open"]) == 0 and len(opened) == 1
+    (run / "bad.ply").write_bytes((run / "old.ply").read_bytes()[:-9])
+    (run / "a.txt").write_text("x")
+    capsys.readouterr()
+    for source, said in (("gone.ply", "no file or folder gone.ply"), (str(run / "bad.ply"), "truncated"), (str(run / "a.txt"), "suffix")):
+        assert main(["view", source, "--no-open"]) == 2 and said in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["view", "empty"]) == 2 and "no Gaussians in empty" in capsys.readouterr().err
 
 
 def test_where_workers_are_forbidden_the_page_sorts_by_itself(browser, tmp_path):

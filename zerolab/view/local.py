@@ -102,7 +102,7 @@ class SplatView {
     this.canvas.setAttribute('role', 'img');
     this.canvas.setAttribute('aria-label', settings.title + ', a 3D view: arrow keys turn it, plus and minus zoom');
     Object.assign(this, {settings, hooks, camera: new Camera(settings.camera, settings.axis), look: {...settings.look}, frames: 0,
-      chosen: -1, fade: 0, stale: true, sorting: false, visible: true, asked: 0});
+      chosen: -1, fade: 0, stale: true, sorting: false, visible: true, asked: 0, moving: false, coarse: false, slow: false});
     this.seen = new IntersectionObserver(entries => this.see(entries.at(-1).isIntersecting));
     this.seen.observe(this.canvas);
     this.sized = new ResizeObserver(() => this.resize());
@@ -112,6 +112,7 @@ class SplatView {
   load(data) {                                  // what `unpack` gave
     this.sorter?.stop();
     this.forget();
+    this.slow = data.header.count > 300000;     // until the first turn shows how fast this machine is
     Object.assign(this, {data, order: null, direction: null, sorting: false});
     const sorter = this.sorter = startSorter(data.means, order => {
       if (this.sorter !== sorter) return;       // of data that were replaced meanwhile
@@ -120,13 +121,23 @@ class SplatView {
     });
     this.changed();
   }
-  idle() { return Boolean(this.frames && this.order) && !this.sorting && !this.stale && !this.asked; }
+  idle() { return Boolean(this.frames && this.order) && !this.sorting && !this.stale && !this.asked && !this.coarse; }
   changed(byHand) {                             // the camera did
     this.stale = true;
     this.ask();
-    if (byHand) { this.chosen = -1; this.hooks.camera?.(this.camera.value); }
+    if (byHand) {
+      this.chosen = -1;
+      this.moving = true;
+      clearTimeout(this.rest);
+      this.rest = setTimeout(() => { this.moving = false; if (this.coarse) this.ask(); }, 150);
+      this.hooks.camera?.(this.camera.value);
+    }
     this.hooks.moved?.();
   }
+"""
+
+# %% ../../nbs/view/04_local.ipynb #dcc366ef
+VIEW_JS += r"""
   ask() { if (!this.asked && !this.gone) this.asked = requestAnimationFrame(() => { this.asked = 0; this.frame(); }); }
   frame() {
     if (!this.visible || !this.data) return;
@@ -136,8 +147,17 @@ class SplatView {
         this.stale = false;
         if (!this.direction || dot(forward, this.direction) < 1 - 1e-12) { this.sorting = true; this.sorter.sort(this.direction = forward); }
       }
-      if (this.order) { this.draw(); this.frames++; }
+      if (this.order && (this.moving || !this.sorting)) { this.pace(); this.draw(); this.frames++; }
     } catch (error) { this.hooks.trouble?.(error); }
+  }
+  pace() {                                      // while it moves: is the time between two frames too long?
+    const now = performance.now(), gap = now - (this.last ?? now - 1e4);
+    this.last = now;
+    if (this.moving && gap < 2000) {
+      if (this.coarse) this.slow = this.known || gap > 25;
+      else if (gap > 60 && this.data.header.count > 20000) this.slow = this.known = true;
+    }
+    this.coarse = this.moving && this.slow;
   }
   draw() {
     if (!this.held || this.painter.lost) {
@@ -153,14 +173,16 @@ class SplatView {
 # %% ../../nbs/view/04_local.ipynb #3aeef6d4
 VIEW_JS += r"""
   values() {                                    // of the shaders' uniforms
-    const {canvas: {width, height}, camera, look, data: {header}} = this, {forward} = camera.basis();
+    const {canvas, camera, look, data: {header}, coarse} = this, {forward} = camera.basis();
+    const [width, height] = [canvas.width, canvas.height].map(side => coarse ? Math.ceil(side / 2) : side);
     const focal = Math.min(width, height) / 2 / Math.tan(camera.fov * Math.PI / 360), crop = look.crop || [[-1e30, -1e30, -1e30], [1e30, 1e30, 1e30]];
     const middle = dot(minus(header.middle, camera.position), forward), near = Math.max(0.01, middle - 1.2 * header.radius);
     return {world_to_camera: camera.matrix(), eye: camera.position, focal: [focal, focal], viewport: [width, height],
       range: [near, Math.max(near + 0.1 * header.radius, middle + 1.2 * header.radius)],
       steps: ['octave', 'color', 'quaternion', 'sh'].map(name => header.steps[name]),
       stored: (header.degree + 1) ** 2 - 1, degree: Math.min(look.sh_degree ?? header.degree, header.degree), mode: MODES.indexOf(look.mode),
-      size: look.splat_scale, least: look.min_opacity, low: crop[0], high: crop[1], background: this.background(), ink: this.ink(),
+      size: look.splat_scale * (coarse ? 2 : 1), keep: coarse ? 4 : 1, least: look.min_opacity, low: crop[0], high: crop[1],
+      background: this.background(), ink: this.ink(),
       frustums: look.show_cameras, pictures: look.show_pictures, chosen: this.chosen, fade: this.fade};
   }
   background() { return this.look.background || (isDark() ? [0.07, 0.08, 0.09] : [1, 1, 1]); }
@@ -203,7 +225,7 @@ VIEW_JS += r"""
   forget() { if (this.held && !this.painter.lost) this.painter.release(this.held); this.held = null; }
   destroy() {
     this.gone = true;
-    cancelAnimationFrame(this.asked); clearTimeout(this.later);
+    cancelAnimationFrame(this.asked); clearTimeout(this.later); clearTimeout(this.rest);
     this.seen.disconnect(); this.sized.disconnect();
     this.sorter?.stop();
     this.forget();
