@@ -174,13 +174,15 @@ def test_two_frames_a_second_and_more_while_a_cell_computes(lab):
     lab.start(3)
     b.wait(f"{PANEL}.content.widgets[3].model.executionState == 'running'")
     time.sleep(.5)
+    b.evaluate(f"{cell(1)}.scrollIntoView(), 1")           # JupyterLab scrolls to the cell that runs
     began, count = time.monotonic(), frames(b, 1)
     while time.monotonic() - began < 3: drag(b, 1, 10, .03, reach=90)
     rate = (frames(b, 1) - count) / (time.monotonic() - began)
     picture = b.picture(canvas(1))
     assert lab.computes(3)
     print(f"{rate:.1f} frames a second while a cell computes")
-    assert rate >= 2 and picture.std() > 10 and np.abs(picture - before).mean() > 1
+    assert rate >= 2, (b.box(canvas(1)), lab.kernel("print(vars(v.remote.stage.pace))"))
+    assert picture.std() > 10 and np.abs(picture - before).mean() > 1
     b.wait(f"{cell(3)}.innerText.includes('the loop is over')", 30)
 
 
@@ -190,6 +192,8 @@ def test_training_is_seen_while_it_happens(lab):
     lab.kernel("SECONDS, UPDATE = 3, 1")
     count, before = frames(b, 1), b.picture(canvas(1))
     lab.start(3)
+    time.sleep(.5)
+    b.evaluate(f"{cell(1)}.scrollIntoView(), 1")
     time.sleep(1.5)
     assert lab.computes(3) and frames(b, 1) - count >= 2 and np.abs(b.picture(canvas(1)) - before).mean() > 1
     b.wait(f"{PANEL}.content.widgets[3].model.executionState == 'idle'", 30)
