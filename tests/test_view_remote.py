@@ -44,7 +44,7 @@ class Page:
     def receive(self, content, buffers=None):
         if content["kind"] == "note": return self.notes.append(content["text"])
         self.frames.append((content, np.asarray(Image.open(io.BytesIO(buffers[0])).convert("RGB"))))
-        if not self.deaf: self.hand(kind="ack", n=content["n"])
+        if not self.deaf: self.hand(kind="ack", ack=content["n"])
     def rest(self):
         assert self.view.loop.finish(60), (len(self.frames), self.notes)
         return self
@@ -196,7 +196,7 @@ def test_at_most_two_frames_are_under_way_and_none_for_nobody(view):
     view.loop.finish(10)
     assert len(page.frames) == 2
     page.deaf = False
-    page.hand(kind="ack", n=2)
+    page.hand(kind="ack", ack=2)
     assert len(page.rest().frames) >= 3, "the last wish is drawn once there is room"
     page.hand(kind="visible", id="page", on=False)
     count = len(page.rest().frames)

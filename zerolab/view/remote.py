@@ -546,15 +546,22 @@ function build(model, el) {
 VIEW_JS = """
 function render({model, el}) {
   const {root, canvas, note, button} = build(model, el), paint = canvas.getContext('2d'), id = Math.random().toString(36).slice(2);
-  let drawn = 0, silence = null, gone = false;
+  let drawn = 0, seen = 0, told = 0, unanswered = 0, ready = [], silence = null, gone = false, known = false, inView = true;
   const say = text => { note.textContent = text; };
   const send = (kind, more) => {
     if (gone) return false;
-    try { model.send({kind, id, ...more}); return true; }
+    try { model.send({kind, id, ack: seen, ...more}); told = seen; return true; }
     catch { say('The kernel of this view is gone: run its cell again'); return false; }
   };
   const ask = (kind, more) => {               // what deserves an answer
+    unanswered++;
     if (send(kind, more) && !silence) silence = setTimeout(() => say('Waiting for the kernel'), 4000);
+  };
+  const go = () => { const acts = ready; ready = []; for (const act of acts) act(); };
+  const calm = act => {                       // a busy kernel takes few messages a second: with two unanswered, the next waits and grows
+    if (unanswered < 2) return requestAnimationFrame(act);
+    ready.push(act);
+    setTimeout(() => { if (ready.includes(act)) go(); }, 500);
   };
   const press = key => () => ask('key', {key});
   button('reset', 'Reset the view (r)', press('r'));
@@ -563,7 +570,9 @@ function render({model, el}) {
   const receive = async (message, buffers) => {
     if (message.kind === 'note') { clearTimeout(silence); silence = null; return say(message.text); }
     if (message.kind !== 'frame') return;
-    send('ack', {n: message.n});
+    seen = Math.max(seen, message.n); unanswered = 0;
+    go();
+    setTimeout(() => { if (told < seen) send('ack'); }, 30);
     clearTimeout(silence); silence = null;
     const picture = await createImageBitmap(new Blob([buffers[0]], {type: message.mime}));
     if (message.n < drawn) return picture.close();
@@ -573,14 +582,12 @@ function render({model, el}) {
     Object.assign(canvas.dataset, {frames: +canvas.dataset.frames + 1, sharp: message.sharp});
   };
   model.on('msg:custom', receive);
-  listen(canvas, send, ask);
-  let known = false;
+  listen(canvas, send, ask, calm);
   const size = () => ({width: root.clientWidth, height: root.clientHeight, ratio: window.devicePixelRatio || 1});
   const sizes = new ResizeObserver(() => {
     if (!root.clientWidth || !root.clientHeight) return;
     ask(known ? 'size' : 'hello', size()); known = true;
   });
-  let inView = true;
   const visible = () => send('visible', {on: inView && !document.hidden});
   const sights = new IntersectionObserver(entries => { inView = entries.at(-1).isIntersecting; visible(); });
   const leave = () => send('bye');
@@ -597,12 +604,11 @@ function render({model, el}) {
 
 # %% ../../nbs/view/05_remote.ipynb #d2deb026
 POINTER_JS = """
-function listen(canvas, send, ask) {
+function listen(canvas, send, ask, calm) {
   const fingers = new Map();
   let waiting = null, wheel = 0, spread = null;
   const place = event => { const box = canvas.getBoundingClientRect(); return {x: event.clientX - box.left, y: event.clientY - box.top}; };
   const flags = event => ({shift: event.shiftKey, ctrl: event.ctrlKey || event.metaKey});
-  const frame = act => requestAnimationFrame(act);
   const middle = () => {
     const [a, b] = [...fingers.values()];
     return {x: (a.x + b.x) / 2, y: (a.y + b.y) / 2, apart: Math.max(Math.hypot(a.x - b.x, a.y - b.y), 1)};
@@ -624,7 +630,7 @@ function listen(canvas, send, ask) {
   canvas.addEventListener('pointermove', event => {
     if (!fingers.has(event.pointerId)) return;
     fingers.set(event.pointerId, place(event));
-    if (!waiting) frame(flush);
+    if (!waiting) calm(flush);
     waiting = {...place(event), ...flags(event)};
   });
   const up = event => {
@@ -637,7 +643,7 @@ function listen(canvas, send, ask) {
   canvas.addEventListener('pointercancel', up);
   canvas.addEventListener('wheel', event => {
     event.preventDefault();
-    if (!wheel) frame(() => { ask('wheel', {...place(event), dy: wheel}); wheel = 0; });
+    if (!wheel) calm(() => { ask('wheel', {...place(event), dy: wheel}); wheel = 0; });
     wheel += event.deltaY * [1, 16, 400][event.deltaMode] || 1e-9;
   }, {passive: false});
   canvas.addEventListener('contextmenu', event => event.preventDefault());
@@ -824,8 +830,8 @@ class Stage(Hand):
     def apply(self, event):
         "Do what one event says."
         kind, pace = event.get("kind"), self.pace
-        if kind == "ack": pace.acknowledged = max(pace.acknowledged, min(int(event["n"]), pace.sent))
-        elif kind in ("hello", "size"):
+        if "ack" in event: pace.acknowledged = max(pace.acknowledged, min(int(event["ack"]), pace.sent))
+        if kind in ("hello", "size"):
             self.screen = tuple(int(np.clip(float(event[side]), 8, 4096)) for side in ("height", "width"))
             self.ratio = float(np.clip(float(event.get("ratio", 1)), 1, 2))
             if kind == "hello": pace.viewers[event.get("id")], pace.acknowledged = True, pace.sent
