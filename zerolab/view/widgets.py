@@ -177,7 +177,8 @@ def slider(
     **look,         # of the class
 ):                  # the widget
     "A slider as these panels use it."
-    return kind(description=name, tooltip=tip, continuous_update=True, style=dict(description_width="7em"), layout=dict(width="21em", max_width="100%"), **look)
+    return kind(description=name, tooltip=tip, continuous_update=True, style=dict(description_width="7em"),
+                layout=dict(width="21em", max_width="100%"), **look)
 
 
 class Controls:
@@ -223,8 +224,9 @@ def browser_look(
 ) -> dict:              # settings of `LocalView`
     "The same look in the browser, as far as it has it."
     from zerolab.view import local
-    return dict(mode=look.mode if look.mode in local.MODES else "rgb", splat_scale=look.scale, min_opacity=look.min_opacity,
-                sh_degree=None if look.sh_degree is None else min(look.sh_degree, 3), crop=None if look.crop is None else [list(c) for c in look.crop])
+    crop = None if look.crop is None else [list(corner) for corner in look.crop]
+    return dict(mode=look.mode if look.mode in local.MODES else "rgb", splat_scale=look.scale, min_opacity=look.min_opacity, crop=crop,
+                sh_degree=None if look.sh_degree is None else min(look.sh_degree, 3))
 
 # %% ../../nbs/view/06_widgets.ipynb #79ea8f37
 class Handle:
