@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUMMARY', 'ENDINGS', 'run_command', 'version_command', 'make_command', 'data_command', 'download_command',
-           'convert_command', 'main']
+           'convert_command', 'view_command', 'main']
 
 # %% ../../nbs/jobs/04_cli.ipynb #14816328
 import argparse, os, signal, sys, threading
@@ -147,6 +147,58 @@ def _add_convert(verbs):
     add.add_argument("--axes", choices=("z-up", "y-up", "y-down"), default="z-up", help="of IN, where its format does not say (default: %(default)s)")
     add.set_defaults(command=convert_command)
 
+# %% ../../nbs/jobs/04_cli.ipynb #489affb1
+def view_command(
+    options, # parsed arguments
+) -> int: # exit code
+    "Look at Gaussians: write one HTML page that shows them in any browser, offline, and open it where there is a screen."
+    from zerolab.scene.splat_files import FORMATS, load_gaussians
+    source = options.source
+    if not source.exists(): raise ValueError(f"no file or folder {source}")
+    if source.is_dir():
+        endings = tuple(known.suffix for known in FORMATS if known.suffix != ".glb")     # a run's .glb are mostly meshes
+        found = sorted((path for path in source.rglob("*") if path.name.endswith(endings) and not path.name.startswith(".")),
+                       key=lambda path: path.stat().st_mtime, reverse=True)
+        if not found: raise ValueError(f"no Gaussians in {source}: none of its files is called {', '.join('*' + ending for ending in endings)}")
+        if options.list:
+            for path in found: print(f"{path.stat().st_size / 1e6:9.2f} MB  {path}")
+            return 0
+        source = found[0]
+    elif options.list: raise ValueError(f"{source} is a file: --list shows what a folder holds")
+    from zerolab.scene.cameras import load_cameras
+    from zerolab.view.local import splat_html
+    gaussians = load_gaussians(source)
+    cameras = load_cameras(options.cameras) if options.cameras else None
+    page = options.out or _writable_beside(source)
+    axis = {"z-up": (0, 0, 1), "y-up": (0, 1, 0), "y-down": (0, -1, 0)}[options.axes]
+    splat_html(gaussians, page, title=source.name, axis=axis, cameras=cameras, stored_sh_degree=options.sh_degree)
+    print(f"zerolab: {len(gaussians)} Gaussians of {_near(source.absolute())}, {page.stat().st_size / 1e6:.1f} MB: {_near(page.absolute())}")
+    if not options.no_open and _has_screen():
+        import webbrowser
+        webbrowser.open(page.absolute().as_uri())
+    return 0
+
+def _writable_beside(source:Path) -> Path:
+    "Where the page goes: beside the file, or into a temporary folder if nothing may be written there."
+    import tempfile
+    name = f"{source.name}.html"
+    return source.with_name(name) if os.access(source.parent, os.W_OK) else Path(tempfile.mkdtemp(prefix="zerolab-"))/name
+
+def _has_screen() -> bool:
+    "Whether a browser could show itself."
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+def _add_view(verbs):
+    add = verbs.add_parser("view", help="look at Gaussians in a browser", description=view_command.__doc__)
+    add.add_argument("source", type=Path, metavar="FILE|RUN", help="a file of Gaussians, or a folder: the newest such file under it")
+    add.add_argument("--out", type=Path, metavar="FILE", help="the page to write (default: FILE.html beside the file)")
+    add.add_argument("--list", action="store_true", help="show which files of Gaussians a folder holds, the newest first")
+    add.add_argument("--cameras", type=Path, metavar="JSON", help="an opencv_cameras.json whose cameras are drawn, each with a button")
+    add.add_argument("--axes", choices=("z-up", "y-up", "y-down"), default="z-up", help="which way is up (default: %(default)s)")
+    add.add_argument("--sh-degree", type=int, choices=range(4), metavar="N", help="leave out the harmonics above degree N: a smaller page")
+    add.add_argument("--no-open", action="store_true", help="only write the page")
+    add.set_defaults(command=view_command)
+
 # %% ../../nbs/jobs/04_cli.ipynb #26cd410f
 ENDINGS = """exit codes: 0 done; 1 the notebook failed, died, ran out of time or of disk; 2 bad input; 130 Ctrl-C; 143 terminated"""
 
@@ -156,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_data(verbs)
     _add_convert(verbs)
+    _add_view(verbs)
     add = verbs.add_parser("version", help="which version this is")
     add.set_defaults(command=version_command)
     return parser
