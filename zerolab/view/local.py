@@ -591,7 +591,7 @@ BOOT_JS = r"""
 
 def _page(packed:PackedSplats, settings:dict) -> list[str]:
     "The HTML document in pieces: style, data and program in one."
-    about = json.dumps(settings | dict(header=packed.header)).replace("</", "<\\/")
+    about = json.dumps(settings | dict(header=packed.header)).replace("<", "\\u003c")  # no word of it ends or opens a script
     return [f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
             f'<title>{escape(settings["title"])}</title><style>html, body {{ margin: 0; height: 100%; }}{STYLE}</style></head>\n'
@@ -602,7 +602,7 @@ def splat_html(
     gaussians:Gaussians, # [N] in world space
     path:str|Path,       # the HTML file to write
     *,
-    stored_sh_degree:int|None=None, # store harmonics up to this degree, 0 to 3: by default all, 60 bytes a splat at degree 3 against 15 at degree 0
+    stored_sh_degree:int|None=None, # store harmonics up to this degree: all take some 60 bytes a splat, none (0) take 20
     **settings,          # of `view_settings`
 ) -> Path: # the file
     "Write one HTML file with an interactive 3D view of the splats, for any browser with WebGL2, offline."
