@@ -377,7 +377,7 @@ function panel(view, root) {
   box.append(...cropRows(view, set));
   box.append(make('div', {className: 'zl-views'}, make('button', {type: 'button', onclick: () => view.reset()}, 'reset view'),
     make('button', {type: 'button', onclick: () => savePicture(view)}, 'save picture')));
-  box.append(make('p', {className: 'zl-soft'}, HELP() + '. Arrow keys, plus and minus do the same.'));
+  box.append(make('p', {className: 'zl-soft'}, HELP().replace('drag', 'Drag') + '. Arrow keys, plus and minus do the same.'));
   view.refresh = () => refresh.forEach(each => each());
   view.refresh();
   root.append(box);
@@ -448,11 +448,11 @@ function mount(root, settings, hooks = {}) {    // the view with its controls, i
 
 # %% ../../nbs/view/04_local.ipynb #2a9522d1
 STYLE = """
-.zl { --zl-ink: #1d2328; --zl-soft: #59636c; --zl-paper: #f6f8f9; --zl-line: #cfd6db; --zl-button: #fff; --zl-chosen: #0b5c94;
+.zl { --zl-ink: #1d2328; --zl-soft: #59636c; --zl-paper: #f6f8f9; --zl-line: #cfd6db; --zl-button: #fff; --zl-chosen: #0b5c94; --zl-accent: #0b5c94;
   display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1fr); height: 100%; overflow: hidden; background: var(--zl-sky); color: var(--zl-ink);
   font: 13px/1.4 system-ui, -apple-system, "Segoe UI", sans-serif; text-align: left; }
-.zl.zl-dark { --zl-ink: #e3e8ec; --zl-soft: #a3aeb7; --zl-paper: #1b2025; --zl-line: #39424a; --zl-button: #272e35; --zl-chosen: #2f86c6;
-  color-scheme: dark; }
+.zl.zl-dark { --zl-ink: #e3e8ec; --zl-soft: #a3aeb7; --zl-paper: #1b2025; --zl-line: #39424a; --zl-button: #272e35;
+  --zl-chosen: #2f86c6; --zl-accent: #8cc8f5;  color-scheme: dark; }
 .zl.zl-open { grid-template: minmax(0, 1fr) / minmax(0, 1fr) 264px; }
 .zl.zl-open.zl-narrow { grid-template: minmax(0, 1fr) minmax(0, 42%) / minmax(0, 1fr); }
 .zl .zl-stage { position: relative; overflow: hidden; }
@@ -475,8 +475,8 @@ STYLE = """
 .zl .zl-pair { display: flex; align-items: center; gap: 6px; }
 .zl output { font-variant-numeric: tabular-nums; color: var(--zl-soft); }
 .zl .zl-pair output { min-width: 2.6em; text-align: right; }
-.zl input[type=range] { flex: 1; width: 100%; min-width: 0; margin: 0; accent-color: var(--zl-chosen); touch-action: none; }
-.zl input[type=checkbox] { justify-self: start; width: 16px; height: 16px; margin: 0; accent-color: var(--zl-chosen); }
+.zl input[type=range] { flex: 1; width: 100%; min-width: 0; margin: 0; accent-color: var(--zl-accent); touch-action: none; }
+.zl input[type=checkbox] { justify-self: start; width: 16px; height: 16px; margin: 0; accent-color: var(--zl-accent); }
 .zl select { padding: 3px 4px; width: 100%; }
 .zl .zl-views { display: flex; flex-wrap: wrap; gap: 6px; margin: 8px 0; max-height: 132px; overflow: auto; }
 @media (pointer: coarse) {
