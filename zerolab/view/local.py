@@ -147,16 +147,24 @@ VIEW_JS += r"""
         this.stale = false;
         if (!this.direction || dot(forward, this.direction) < 1 - 1e-12) { this.sorting = true; this.sorter.sort(this.direction = forward); }
       }
-      if (this.order && (this.moving || !this.sorting)) { this.pace(); this.draw(); this.frames++; }
+      if (this.order && (this.moving || !this.sorting)) {
+        const warm = this.held;
+        this.pace();
+        const start = performance.now();
+        this.draw();
+        this.cost = warm && !this.coarse ? performance.now() - start : 0;
+        this.frames++;
+      }
     } catch (error) { this.hooks.trouble?.(error); }
   }
   pace() {                                      // while it moves: is the time between two frames too long?
-    const now = performance.now(), gap = now - (this.last ?? now - 1e4);
+    const now = performance.now(), gap = now - (this.last ?? now - 1e4), large = this.data.header.count > 20000;
     this.last = now;
     if (this.moving && gap < 2000) {
       if (this.coarse) this.slow = this.known || gap > 25;
-      else if (gap > 60 && this.data.header.count > 20000) this.slow = this.known = true;
+      else if (gap > 60 && large) this.slow = this.known = true;
     }
+    if (this.cost > 60 && large) this.slow = this.known = true;      // software draws while we wait
     this.coarse = this.moving && this.slow;
   }
   draw() {
