@@ -138,7 +138,11 @@ class SplatView {
 
 # %% ../../nbs/view/04_local.ipynb #dcc366ef
 VIEW_JS += r"""
-  ask() { if (!this.asked && !this.gone) this.asked = requestAnimationFrame(() => { this.asked = 0; this.frame(); }); }
+  ask() {
+    if (this.asked || this.gone) return;
+    this.since = performance.now();
+    this.asked = requestAnimationFrame(() => { this.asked = 0; this.frame(); });
+  }
   frame() {
     if (!this.visible || !this.data) return;
     try {
@@ -157,14 +161,10 @@ VIEW_JS += r"""
       }
     } catch (error) { this.hooks.trouble?.(error); }
   }
-  pace() {                                      // while it moves: is the time between two frames too long?
-    const now = performance.now(), gap = now - (this.last ?? now - 1e4), large = this.data.header.count > 20000;
-    this.last = now;
-    if (this.moving && gap < 2000) {
-      if (this.coarse) this.slow = this.known || gap > 25;
-      else if (gap > 60 && large) this.slow = this.known = true;
-    }
-    if (this.cost > 60 && large) this.slow = this.known = true;      // software draws while we wait
+  pace() {                                      // a browser that is still drawing the last frame lets us wait for the next
+    const waited = performance.now() - this.since, large = this.data.header.count > 20000;
+    if (this.coarse) this.slow = this.known || waited > 25;
+    else if ((waited > 60 && waited < 20000 || this.cost > 60) && large && this.frames > 1) this.slow = this.known = true;
     this.coarse = this.moving && this.slow;
   }
   draw() {
