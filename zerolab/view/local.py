@@ -138,7 +138,11 @@ class SplatView {
 
 # %% ../../nbs/view/04_local.ipynb #dcc366ef
 VIEW_JS += r"""
-  ask() { if (!this.asked && !this.gone) this.asked = requestAnimationFrame(() => { this.asked = 0; this.frame(); }); }
+  ask() {
+    if (this.asked || this.gone) return;
+    this.since = performance.now();
+    this.asked = requestAnimationFrame(() => { this.asked = 0; this.frame(); });
+  }
   frame() {
     if (!this.visible || !this.data) return;
     try {
@@ -147,16 +151,20 @@ VIEW_JS += r"""
         this.stale = false;
         if (!this.direction || dot(forward, this.direction) < 1 - 1e-12) { this.sorting = true; this.sorter.sort(this.direction = forward); }
       }
-      if (this.order && (this.moving || !this.sorting)) { this.pace(); this.draw(); this.frames++; }
+      if (this.order && (this.moving || !this.sorting)) {
+        const warm = this.held;
+        this.pace();
+        const start = performance.now();
+        this.draw();
+        this.cost = warm && !this.coarse ? performance.now() - start : 0;
+        this.frames++;
+      }
     } catch (error) { this.hooks.trouble?.(error); }
   }
-  pace() {                                      // while it moves: is the time between two frames too long?
-    const now = performance.now(), gap = now - (this.last ?? now - 1e4);
-    this.last = now;
-    if (this.moving && gap < 2000) {
-      if (this.coarse) this.slow = this.known || gap > 25;
-      else if (gap > 60 && this.data.header.count > 20000) this.slow = this.known = true;
-    }
+  pace() {                                      // a browser that is still drawing the last frame lets us wait for the next
+    const waited = performance.now() - this.since, large = this.data.header.count > 20000;
+    if (this.coarse) this.slow = this.known || waited > 25;
+    else if ((waited > 60 && waited < 20000 || this.cost > 60) && large && this.frames > 1) this.slow = this.known = true;
     this.coarse = this.moving && this.slow;
   }
   draw() {
@@ -377,7 +385,7 @@ function panel(view, root) {
   box.append(...cropRows(view, set));
   box.append(make('div', {className: 'zl-views'}, make('button', {type: 'button', onclick: () => view.reset()}, 'reset view'),
     make('button', {type: 'button', onclick: () => savePicture(view)}, 'save picture')));
-  box.append(make('p', {className: 'zl-soft'}, HELP() + '. Arrow keys, plus and minus do the same.'));
+  box.append(make('p', {className: 'zl-soft'}, HELP().replace('drag', 'Drag') + '. Arrow keys, plus and minus do the same.'));
   view.refresh = () => refresh.forEach(each => each());
   view.refresh();
   root.append(box);
@@ -448,11 +456,11 @@ function mount(root, settings, hooks = {}) {    // the view with its controls, i
 
 # %% ../../nbs/view/04_local.ipynb #2a9522d1
 STYLE = """
-.zl { --zl-ink: #1d2328; --zl-soft: #59636c; --zl-paper: #f6f8f9; --zl-line: #cfd6db; --zl-button: #fff; --zl-chosen: #0b5c94;
+.zl { --zl-ink: #1d2328; --zl-soft: #59636c; --zl-paper: #f6f8f9; --zl-line: #cfd6db; --zl-button: #fff; --zl-chosen: #0b5c94; --zl-accent: #0b5c94;
   display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1fr); height: 100%; overflow: hidden; background: var(--zl-sky); color: var(--zl-ink);
   font: 13px/1.4 system-ui, -apple-system, "Segoe UI", sans-serif; text-align: left; }
-.zl.zl-dark { --zl-ink: #e3e8ec; --zl-soft: #a3aeb7; --zl-paper: #1b2025; --zl-line: #39424a; --zl-button: #272e35; --zl-chosen: #2f86c6;
-  color-scheme: dark; }
+.zl.zl-dark { --zl-ink: #e3e8ec; --zl-soft: #a3aeb7; --zl-paper: #1b2025; --zl-line: #39424a; --zl-button: #272e35;
+  --zl-chosen: #2f86c6; --zl-accent: #8cc8f5;  color-scheme: dark; }
 .zl.zl-open { grid-template: minmax(0, 1fr) / minmax(0, 1fr) 264px; }
 .zl.zl-open.zl-narrow { grid-template: minmax(0, 1fr) minmax(0, 42%) / minmax(0, 1fr); }
 .zl .zl-stage { position: relative; overflow: hidden; }
@@ -475,8 +483,8 @@ STYLE = """
 .zl .zl-pair { display: flex; align-items: center; gap: 6px; }
 .zl output { font-variant-numeric: tabular-nums; color: var(--zl-soft); }
 .zl .zl-pair output { min-width: 2.6em; text-align: right; }
-.zl input[type=range] { flex: 1; width: 100%; min-width: 0; margin: 0; accent-color: var(--zl-chosen); touch-action: none; }
-.zl input[type=checkbox] { justify-self: start; width: 16px; height: 16px; margin: 0; accent-color: var(--zl-chosen); }
+.zl input[type=range] { flex: 1; width: 100%; min-width: 0; margin: 0; accent-color: var(--zl-accent); touch-action: none; }
+.zl input[type=checkbox] { justify-self: start; width: 16px; height: 16px; margin: 0; accent-color: var(--zl-accent); }
 .zl select { padding: 3px 4px; width: 100%; }
 .zl .zl-views { display: flex; flex-wrap: wrap; gap: 6px; margin: 8px 0; max-height: 132px; overflow: auto; }
 @media (pointer: coarse) {
@@ -591,7 +599,7 @@ BOOT_JS = r"""
 
 def _page(packed:PackedSplats, settings:dict) -> list[str]:
     "The HTML document in pieces: style, data and program in one."
-    about = json.dumps(settings | dict(header=packed.header)).replace("</", "<\\/")
+    about = json.dumps(settings | dict(header=packed.header)).replace("<", "\\u003c")  # no word of it ends or opens a script
     return [f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
             f'<title>{escape(settings["title"])}</title><style>html, body {{ margin: 0; height: 100%; }}{STYLE}</style></head>\n'
@@ -602,7 +610,7 @@ def splat_html(
     gaussians:Gaussians, # [N] in world space
     path:str|Path,       # the HTML file to write
     *,
-    stored_sh_degree:int|None=None, # store harmonics up to this degree, 0 to 3: by default all, 60 bytes a splat at degree 3 against 15 at degree 0
+    stored_sh_degree:int|None=None, # store harmonics up to this degree: all take some 60 bytes a splat, none (0) take 20
     **settings,          # of `view_settings`
 ) -> Path: # the file
     "Write one HTML file with an interactive 3D view of the splats, for any browser with WebGL2, offline."
