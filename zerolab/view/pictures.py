@@ -78,7 +78,8 @@ def frames_of(
             subject.look_from(camera)
             return subject.screenshot()
     elif callable(subject): draw = subject
-    else: raise TypeError(f"frames_of: a {type(subject).__name__} cannot be filmed: give Gaussians, a Mesh, a Scene, or a function from camera to picture")
+    else:
+        raise TypeError(f"frames_of: a {type(subject).__name__} cannot be filmed: give Gaussians, a Mesh, a Scene, or a function of a camera")
     with torch.no_grad():
         for k in range(len(cameras)): yield to_uint8(draw(cameras[k]), background)
 
@@ -191,7 +192,7 @@ def comparison(
     rows = [] if errors_only else [("truth", [to_uint8(t) for t in truth], None)]
     for name in predictions:
         if not errors_only: rows.append((name, [to_uint8(p) for p in predictions[name]], None))
-        rows.append((f"error of {name}", maps[name], [_decibels(error) for error in errors[name]]))
+        rows.append((name if errors_only and len(predictions) > 1 else "error", maps[name], [_decibels(error) for error in errors[name]]))
     height = width*truth[0].shape[0]/truth[0].shape[1]
     figure = Figure(figsize=(width*len(truth) + 0.9, (height + 0.12)*len(rows) + 0.18*len(predictions) + 0.1), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)
