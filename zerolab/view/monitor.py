@@ -6,7 +6,7 @@
 __all__ = ['MONITOR_CSS', 'MONITOR_JS', 'TURN_LEAVES', 'SHOWN', 'ROW_BYTES', 'STATIC_BYTES', 'gather', 'ticks', 'short', 'labels',
            'curve_svg', 'pack_gaussians', 'Snapshots', 'undisturbed', 'Share', 'page_skeleton', 'picture_row', 'encode',
            'encode_row', 'hear_at_once', 'Panel', 'Watch', 'SnapshotMaker', 'LivePage', 'StoredPage', 'DisplayedPage',
-           'Monitor']
+           'Observer', 'Monitor']
 
 # %% ../../nbs/view/07_monitor.ipynb #4dc1df98
 import base64, html, json, os, random, threading, time
@@ -258,6 +258,7 @@ MONITOR_CSS = """
 .zm-note:empty { display: none; }
 """
 
+# %% ../../nbs/view/07_monitor.ipynb #d2369ef8
 MONITOR_JS = """
 export default { render({ model, el }) {
   el.innerHTML = model.get('skeleton');
@@ -299,7 +300,7 @@ export default { render({ model, el }) {
 TURN_LEAVES = ("const z=this.closest('.zm');z.querySelectorAll('.zm-shot').forEach((s,i)=&gt;{s.hidden=i!=this.value});"
                "z.querySelector('output').textContent=z.querySelectorAll('.zm-shot')[this.value].dataset.step")
 
-# %% ../../nbs/view/07_monitor.ipynb #d2369ef8
+# %% ../../nbs/view/07_monitor.ipynb #f72eeca2
 def page_skeleton(
     head: str = "",      # HTML of each part: state and numbers,
     curves: str = "",    # SVGs,
@@ -338,7 +339,7 @@ def picture_row(
     if view is not None: cells.append(figure(view, "3D"))
     return f'<div class="zm-row"><b>{html.escape(label)}</b>{"".join(cells)}</div>'
 
-
+# %% ../../nbs/view/07_monitor.ipynb #9b261800
 def encode(
     picture,            # uint8 [H,W,3]
     most: int = 6000,   # bytes; quality falls where it takes more
@@ -595,26 +596,6 @@ class StoredPage:
                 f"{self.page(2_000_000)}</html>")
         (folder/"monitor.html").write_text(page, encoding="utf-8")
 
-    @classmethod
-    def open(cls,
-        run,              # folder that was `out` of `train`
-        **settings,       # of `Monitor`
-    ) -> "Monitor":
-        "A run that is over, or is trained elsewhere, to look through again; nothing of it is changed."
-        folder = Path(run)
-        if not (folder/"monitor").is_dir() and not (folder/"metrics.jsonl").exists():
-            raise FileNotFoundError(f"Monitor.open: {folder} has neither metrics.jsonl nor a folder monitor: give the folder that `train` wrote to")
-        monitor = cls(**settings)
-        monitor.out, monitor.shots = folder, Snapshots(folder/"monitor")
-        monitor._load()
-        about = json.loads((folder/"monitor"/"about.json").read_text()) if (folder/"monitor"/"about.json").exists() else {}
-        for name, value in about.items(): setattr(monitor.watch, name, value)
-        if not about and monitor.watch.rows:
-            for name in ("step", "seconds"): setattr(monitor.watch, name, monitor.watch.rows[-1].get(name, 0))
-        if (folder/"monitor"/"truth.npz").exists():
-            with np.load(folder/"monitor"/"truth.npz") as file: monitor.encoded = _unpacked(file)
-        return monitor
-
 # %% ../../nbs/view/07_monitor.ipynb #fa4fa60f
 class DisplayedPage:
     "How a monitor comes under a cell."
@@ -657,37 +638,8 @@ class DisplayedPage:
             self.view = self.panel = self.box = self.handle = None
 
 # %% ../../nbs/view/07_monitor.ipynb #e54de650
-class Monitor(SnapshotMaker, LivePage, StoredPage, DisplayedPage):
-    "A training run on a screen; give it to `train(..., monitor=...)`, or `Monitor.open` a run's folder."
-
-    def __init__(self,
-        truth=None,             # [V,H,W,C] or V pictures, uint8 or float in [0,1]: what `render` shall look like; the first eight are shown
-        render=None,            # function of the model: V pictures, the same from the same cameras
-        gaussians=None,         # function of the model: `Gaussians` [N], to be turned by hand
-        *,
-        every:int|None=None,    # steps between pictures; None: as often as `share` allows
-        share:float=0.02,       # of the time, for pictures; curves and numbers take a quarter of it in addition
-        title:str="",           # of the run
-        curves=(),              # names of metrics to draw; empty: loss, psnr and two others
-        snapshots:int=24,       # kept at most
-        camera=None,            # `Cameras`, one view, of the picture of the Gaussians; from the side and above if None
-        view_size=(300, 340),   # (height, width) pixels of the live view of the Gaussians
-    ):
-        if every is not None and every < 1: raise ValueError(f"Monitor: every is {every}, need at least 1 step, or None")
-        if not 0 < share < 1: raise ValueError(f"Monitor: share is {share}, need more than 0 and less than 1")
-        if snapshots < 4: raise ValueError(f"Monitor: snapshots is {snapshots}, need at least 4")
-        self.truth, self.encoded = None if truth is None else [to_uint8(picture) for picture in truth], None
-        self.render, self.gaussians, self.every, self.count = render, gaussians, every, snapshots
-        self.camera, self.view_size = camera if camera is not None else orbit([35.], 20., 2.7, size=(160, 160)), view_size
-        self.watch, self.lock = Watch(title, curves), threading.RLock()
-        self.pictures, self.numbers, self.stored = Share(share, 1.), Share(share/4, 0.25), Share(share/4, 30.)
-        self.wanted, self.out, self.shots, self.model = None, None, None, None
-        self.panel, self.view, self.box, self.handle, self.began, self.elapsed = None, None, None, None, 0., 0.
-
-    @property
-    def spent(self) -> float:
-        "Seconds that it took so far."
-        return self.pictures.spent + self.numbers.spent + self.stored.spent
+class Observer:
+    "What `train` and the buttons call."
 
     def begin(self, state, out):
         "The run begins, or goes on."
@@ -742,3 +694,56 @@ class Monitor(SnapshotMaker, LivePage, StoredPage, DisplayedPage):
         if self.watch.state in ("running", "pausing", "paused"):
             self.wanted = "stop"
             self._say("stopping")
+
+# %% ../../nbs/view/07_monitor.ipynb #a44f2c16
+class Monitor(Observer, SnapshotMaker, LivePage, StoredPage, DisplayedPage):
+    "A training run on a screen; give it to `train(..., monitor=...)`, or `Monitor.open` a run's folder."
+
+    def __init__(self,
+        truth=None,             # [V,H,W,C] or V pictures, uint8 or float in [0,1]: what `render` shall look like; the first eight are shown
+        render=None,            # function of the model: V pictures, the same from the same cameras
+        gaussians=None,         # function of the model: `Gaussians` [N], to be turned by hand
+        *,
+        every:int|None=None,    # steps between pictures; None: as often as `share` allows
+        share:float=0.02,       # of the time, for pictures; curves and numbers take a quarter of it in addition
+        title:str="",           # of the run
+        curves=(),              # names of metrics to draw; empty: loss, psnr and two others
+        snapshots:int=24,       # kept at most
+        camera=None,            # `Cameras`, one view, of the picture of the Gaussians; from the side and above if None
+        view_size=(300, 340),   # (height, width) pixels of the live view of the Gaussians
+    ):
+        if every is not None and every < 1: raise ValueError(f"Monitor: every is {every}, need at least 1 step, or None")
+        if not 0 < share < 1: raise ValueError(f"Monitor: share is {share}, need more than 0 and less than 1")
+        if snapshots < 4: raise ValueError(f"Monitor: snapshots is {snapshots}, need at least 4")
+        self.truth, self.encoded = None if truth is None else [to_uint8(picture) for picture in truth], None
+        self.render, self.gaussians, self.every, self.count = render, gaussians, every, snapshots
+        self.camera, self.view_size = camera if camera is not None else orbit([35.], 20., 2.7, size=(160, 160)), view_size
+        self.watch, self.lock = Watch(title, curves), threading.RLock()
+        self.pictures, self.numbers, self.stored = Share(share, 1.), Share(share/4, 0.25), Share(share/4, 30.)
+        self.wanted, self.out, self.shots, self.model = None, None, None, None
+        self.panel, self.view, self.box, self.handle, self.began, self.elapsed = None, None, None, None, 0., 0.
+
+    @property
+    def spent(self) -> float:
+        "Seconds that it took so far."
+        return self.pictures.spent + self.numbers.spent + self.stored.spent
+
+    @classmethod
+    def open(cls,
+        run,              # folder that was `out` of `train`
+        **settings,       # of `Monitor`
+    ) -> "Monitor":
+        "A run that is over, or is trained elsewhere, to look through again; nothing of it is changed."
+        folder = Path(run)
+        if not (folder/"monitor").is_dir() and not (folder/"metrics.jsonl").exists():
+            raise FileNotFoundError(f"Monitor.open: {folder} has neither metrics.jsonl nor a folder monitor: give the folder that `train` wrote to")
+        monitor = cls(**settings)
+        monitor.out, monitor.shots = folder, Snapshots(folder/"monitor")
+        monitor._load()
+        about = json.loads((folder/"monitor"/"about.json").read_text()) if (folder/"monitor"/"about.json").exists() else {}
+        for name, value in about.items(): setattr(monitor.watch, name, value)
+        if not about and monitor.watch.rows:
+            for name in ("step", "seconds"): setattr(monitor.watch, name, monitor.watch.rows[-1].get(name, 0))
+        if (folder/"monitor"/"truth.npz").exists():
+            with np.load(folder/"monitor"/"truth.npz") as file: monitor.encoded = _unpacked(file)
+        return monitor

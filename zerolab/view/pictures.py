@@ -114,9 +114,11 @@ def _alike(first, rest):
 def _write_mp4(frames, path, fps, quality):
     try: import imageio.v2, imageio_ffmpeg  # noqa: F401
     except ImportError: raise ImportError("save_movie: mp4 needs ffmpeg: pip install 'zerolab[movie]', or write a .gif") from None
-    with imageio.v2.get_writer(path, format="FFMPEG", fps=fps, codec="libx264", quality=quality, pixelformat="yuv420p", macro_block_size=1,
-                               ffmpeg_log_level="error", output_params=["-movflags", "+faststart"]) as writer:
+    writer = imageio.v2.get_writer(path, format="FFMPEG", fps=fps, codec="libx264", quality=quality, pixelformat="yuv420p", macro_block_size=1,
+                                   ffmpeg_log_level="error", output_params=["-movflags", "+faststart"])
+    try:
         for frame in frames: writer.append_data(np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge"))
+    finally: writer.close()     # `with` would leave ffmpeg running after an error, and the file would come back
 
 
 def _write_gif(frames, path, fps, quality):
