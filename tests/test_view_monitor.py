@@ -285,9 +285,27 @@ def test_an_opened_run_is_the_run(tmp_path):
     again = Monitor.open(tmp_path)
     assert again.page() == monitor.page() and again.watch.title == "cups"
     (tmp_path/"monitor"/"about.json").unlink()
-    assert Monitor.open(tmp_path).watch.step == 40, "a run that is under way elsewhere has no such file yet"
+    under_way = Monitor.open(tmp_path).watch
+    assert (under_way.step, under_way.state) == (40, "unfinished"), "a run that is under way elsewhere has no such file yet"
     before.pop(tmp_path/"monitor"/"about.json")
     assert all(path.stat().st_mtime_ns == value for path, value in before.items() if path.is_file())
+
+
+def test_one_look_gives_pictures_and_gaussians(tmp_path):
+    monitor, calls = Monitor(TRUTH, lambda model: calls.append(1) or (pictures(model), splats(model)), every=20), []
+    run(tmp_path, monitor)
+    assert monitor.watch.note == "" and len(calls) == 3 and len(monitor.shots.gaussians(20)) == 50 and len(monitor.watch.own) == 3
+    two = Monitor(TRUTH, lambda model: tuple(pictures(model)), every=20)      # a pair of pictures is no such pair
+    run(tmp_path/"two", two)
+    assert two.watch.note == "" and len(two.watch.own) == 3 and two.shots.gaussians(20) is None
+
+
+def test_a_killed_run_is_seen_as_unfinished(tmp_path):
+    run(tmp_path, Monitor(TRUTH, pictures, every=10), steps=20)
+    rows = (tmp_path/"metrics.jsonl").read_text()
+    (tmp_path/"metrics.jsonl").write_text(rows + json.dumps(dict(step=33, loss=.1, seconds=9.)) + "\n")
+    again = Monitor.open(tmp_path)
+    assert (again.watch.state, again.watch.step) == ("unfinished", 33) and "unfinished" in again.page()
 
 
 def test_no_thread_is_left(tmp_path, live):

@@ -451,11 +451,16 @@ class SnapshotMaker:
         with self.pictures.counted(), self.lock:
             arrays, self.watch.note = {}, ""
             with undisturbed(state.plain_model):
-                if self.render is not None: self._try("render", lambda: arrays.update(self._rendered(self.render(state.plain_model))))
+                if self.render is not None: self._try("render", lambda: arrays.update(self._both(self.render(state.plain_model))))
                 if self.gaussians is not None: self._try("gaussians", lambda: arrays.update(self._splats(self.gaussians(state.plain_model))))
             if arrays: self._try("snapshot", lambda: self.shots.add(state.step, **arrays))
             if "psnr" in arrays: self.watch.own.append((state.step, float(np.mean(arrays["psnr"]))))
             if self.panel is not None: self._try("display", self._show_pictures)
+
+    def _both(self, result) -> dict:
+        "What `render` gave: pictures, or pictures and Gaussians."
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Gaussians)): return self._rendered(result)
+        return self._rendered(result[0]) | self._splats(result[1])
 
     def _rendered(self, pictures) -> dict:
         "Arrays for a snapshot: encoded pictures one after the other, where each ends, and their PSNR."
@@ -701,8 +706,8 @@ class Monitor(Observer, SnapshotMaker, LivePage, StoredPage, DisplayedPage):
 
     def __init__(self,
         truth=None,             # [V,H,W,C] or V pictures, uint8 or float in [0,1]: what `render` shall look like; the first eight are shown
-        render=None,            # function of the model: V pictures, the same from the same cameras
-        gaussians=None,         # function of the model: `Gaussians` [N], to be turned by hand
+        render=None,            # function of the model: V pictures from the same cameras; or a pair of these and `Gaussians` [N]
+        gaussians=None,         # function of the model: `Gaussians` [N], to be turned by hand, where `render` does not give them
         *,
         every:int|None=None,    # steps between pictures; None: as often as `share` allows
         share:float=0.02,       # of the time, for pictures; curves and numbers take a quarter of it in addition
@@ -742,8 +747,9 @@ class Monitor(Observer, SnapshotMaker, LivePage, StoredPage, DisplayedPage):
         monitor._load()
         about = json.loads((folder/"monitor"/"about.json").read_text()) if (folder/"monitor"/"about.json").exists() else {}
         for name, value in about.items(): setattr(monitor.watch, name, value)
-        if not about and monitor.watch.rows:
-            for name in ("step", "seconds"): setattr(monitor.watch, name, monitor.watch.rows[-1].get(name, 0))
+        last = monitor.watch.rows[-1] if monitor.watch.rows else {}
+        if last.get("step", 0) > monitor.watch.step:     # under way, or killed
+            monitor.watch.step, monitor.watch.seconds, monitor.watch.state = last["step"], last.get("seconds", 0.), "unfinished"
         if (folder/"monitor"/"truth.npz").exists():
             with np.load(folder/"monitor"/"truth.npz") as file: monitor.encoded = _unpacked(file)
         return monitor
