@@ -420,7 +420,7 @@ class Watch:
         "One SVG for each quantity."
         names = self.names or [n for n in dict.fromkeys(name for row in self.rows[-50:] for name in row) if n not in self.HIDDEN]
         first = [name for name in ("loss", "psnr") if name in names]
-        names = (first + [name for name in names if name not in first])[:4] if not self.names else names
+        names = self.names or (first + [name for name in names if name not in first])[:3]
         drawn = []
         for place, name in enumerate(names):
             pairs = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), (int, float))]
@@ -712,7 +712,7 @@ class Monitor(Observer, SnapshotMaker, LivePage, StoredPage, DisplayedPage):
         every:int|None=None,    # steps between pictures; None: as often as `share` allows
         share:float=0.02,       # of the time, for pictures; curves and numbers take a quarter of it in addition
         title:str="",           # of the run
-        curves=(),              # names of metrics to draw; empty: loss, psnr and two others
+        curves=(),              # names of metrics to draw; empty: loss, psnr and what else comes first, three in all
         snapshots:int=24,       # kept at most
         camera=None,            # `Cameras`, one view, of the picture of the Gaussians; from the side and above if None
         view_size=(300, 340),   # (height, width) pixels of the live view of the Gaussians
