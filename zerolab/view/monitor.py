@@ -434,6 +434,15 @@ def _duration(seconds):
     return f"{seconds/60:.0f} min" if seconds < 6000 else f"{seconds/3600:.1f} h"
 
 # %% ../../nbs/view/07_monitor.ipynb #761446fc
+def _packed(encoded, name="pictures"):
+    return {name: np.frombuffer(b"".join(encoded), np.uint8), f"{name}_ends": np.cumsum([len(data) for data in encoded])}
+
+
+def _unpacked(arrays, name="pictures"):
+    data, ends = arrays[name].tobytes(), arrays[f"{name}_ends"].tolist()
+    return [data[a:b] for a, b in zip([0, *ends], ends)]
+
+# %% ../../nbs/view/07_monitor.ipynb #d4992571
 class SnapshotMaker:
     "How a monitor makes pictures."
 
@@ -492,13 +501,6 @@ class SnapshotMaker:
         return picture_row("truth", self.encoded, size=Image.open(BytesIO(self.encoded[0])).size[::-1]) if self.encoded else ""
 
 
-def _packed(encoded, name="pictures"):
-    return {name: np.frombuffer(b"".join(encoded), np.uint8), f"{name}_ends": np.cumsum([len(data) for data in encoded])}
-
-
-def _unpacked(arrays, name="pictures"):
-    data, ends = arrays[name].tobytes(), arrays[f"{name}_ends"].tolist()
-    return [data[a:b] for a, b in zip([0, *ends], ends)]
 
 # %% ../../nbs/view/07_monitor.ipynb #3f32f152
 class LivePage:
