@@ -358,6 +358,7 @@ def train(
     on_log:Callable|None=None,   # (step, row of metrics), after each row is written
     progress:bool=True,          # show a progress bar
     max_seconds:float|None=None, # stop after so much time in this call, with a checkpoint to go on from
+    monitor=None,                # sees every step and may pause or stop the run, see "Watching" below
 ) -> History:
     "Train a model; the same call again goes on where it stopped, to the bit."
     folder, began = Path(out)/"checkpoints", time.monotonic()
@@ -366,17 +367,18 @@ def train(
     if not restore_state(state, folder): seed_everything(config.seed + world_rank())
     first, saved_at = world_rank() == 0, state.step
     metrics = MetricsFile(Path(out)/"metrics.jsonl", state.step) if first else None
-    with deferred_signals() as caught, _bar(state, progress and first) as bar:
+    with deferred_signals() as caught, _bar(state, progress and first) as bar, _watched(monitor if first else None, state, out) as watch:
         stop = False
         while not (state.done or stop):
             train_step(state, loss)
+            row = None
             if state.step % config.log_every == 0 or state.done:
                 row = metrics_row(state)
                 if first: metrics.append(row)
                 _show(bar, state, row)
                 if on_log and first: on_log(state.step, row)
-            late = max_seconds is not None and time.monotonic() - began > max_seconds
-            stop = any(agree([float(bool(caught) or late)], state.device))
+            if watch: watch.after_step(state, row)
+            stop = _asked_to_stop(caught, watch, state, lambda: max_seconds is not None and time.monotonic() - began > max_seconds)
             if state.step % config.save_every == 0 or state.done or stop:
                 save_state(state, folder)
                 saved_at = state.step
@@ -391,6 +393,28 @@ def seed_everything(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def _watched(monitor, state, out):
+    "A run under the eyes of a monitor, which is told of its beginning and of any end."
+    ended = None
+    if monitor is not None: monitor.begin(state, Path(out))
+    try: yield monitor
+    except BaseException as error:
+        ended = error
+        raise
+    finally:
+        if monitor is not None: monitor.end(state, ended)
+
+
+def _asked_to_stop(caught, watch, state, late):
+    "Whether the run shall end here, on all ranks alike; waits as long as the monitor of the first one asks for a pause."
+    while True:
+        wish = watch.wish if watch else None
+        stop, pause = agree([float(bool(caught) or late() or wish == "stop"), float(wish == "pause")], state.device)
+        if stop or not pause: return bool(stop)
+        time.sleep(0.02)
 
 
 def _interruption(number, step, folder):
