@@ -10,7 +10,7 @@ __all__ = ['ENDINGS', 'LEASE', 'machine_fault', 'this_host', 'born', 'this_proce
 import json, os, secrets, socket, time
 from functools import lru_cache
 from pathlib import Path
-from ..scene.paths import read_json, write_json
+from ..scene.paths import read_json
 
 # %% ../../nbs/jobs/00a_folder.ipynb #338ed659
 ENDINGS = ("done", "failed", "died", "timeout", "hung", "interrupted", "cancelled", "preempted", "lost")
@@ -120,8 +120,9 @@ def state_of(
 ) -> dict: # run.json, with the `status` that is true now
     "How a run stands, as far as can be known from here."
     state = _read(folder/"run.json") or {"status": "queued", "attempt": 0, "cause": "", "error": ""}
-    if state["status"] in ENDINGS: return state
+    if state["status"] == "done": return state
     attempts = attempt_files(folder)
+    if state["status"] in ENDINGS and state["attempt"] == len(attempts): return state
     if not attempts: return state | {"status": "cancelled" if (folder/"cancel").exists() else "queued"}
     holder = _read(attempts[-1]) or {}
     if is_alive(folder, holder): return state | {"status": "running", "attempt": len(attempts), "holder": holder}
