@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 from .folder import attempt_files, machine_fault, state_of
-from .run import JobError, Limits, Request, _now, origin_of, requests, write_request
+from .run import JobError, Limits, _now, origin_of, requests, write_request
 from ..scene.paths import read_json, root, write_json
 
 # %% ../../nbs/jobs/03c_sweep.ipynb #ea1442f3
