@@ -22,7 +22,8 @@ def run_command(
     known = notebook_parameters(read_notebook(path))
     if options.list: return _list_parameters(path, known)
     params = {name: parse_value(text, known[name]) if name in known else text for name, text in options.params}
-    try: result = run_notebook(path, params, out=options.out, timeout=options.timeout, hang=options.hang, memory=options.memory, echo=not options.quiet)
+    limits = dict(timeout=options.timeout, hang=options.hang, memory=options.memory)
+    try: result = run_notebook(path, params, out=options.out, **limits, echo=not options.quiet)
     except RunInterrupted as stopped:
         print(f"zerolab: {stopped.result.error}", f"zerolab: what it had so far is in {_near(stopped.result.folder)}", sep="\n", file=sys.stderr)
         raise
@@ -85,10 +86,11 @@ def points_of(
     axes, paired = (dict(axis_of(text, known) for text in texts) for texts in (options.grid, options.zip))
     spans = {name: axis for name, axis in axes.items() if isinstance(axis, Span)}
     if spans and not options.random: raise JobError(f"{', '.join(spans)} is a span: say how many points with --random N")
-    parts = [[fixed], random_points(axes, options.random, options.random_seed) if options.random else grid(axes), zipped(paired) if paired else [{}]]
+    chosen = random_points(axes, options.random, options.random_seed) if options.random else grid(axes)
+    parts = [[fixed], chosen, zipped(paired) if paired else [{}]]
     if options.points:
-        rows = read_points(options.points)
-        parts.append([{name: parse_value(value, known[name]) if isinstance(value, str) and name in known else value for name, value in row.items()} for row in rows])
+        def read(name, value): return parse_value(value, known[name]) if isinstance(value, str) and name in known else value
+        parts.append([{name: read(name, value) for name, value in row.items()} for row in read_points(options.points)])
     points = [{name: value for part in combined for name, value in part.items()} for combined in itertools.product(*parts)]
     return with_seeds(points, options.seeds) if options.seeds is not None else points
 
@@ -111,7 +113,8 @@ def sweep_command(
         if len(todo) > 20: print(f"  and {len(todo) - 20} more")
         return 0
     launcher = _launcher(options)
-    try: states = run_sweep(plan, launcher, retries=options.retries, max_fail=options.max_fail, limit=options.limit, only_failed=options.only_failed, say=_say)
+    choice = dict(retries=options.retries, max_fail=options.max_fail, limit=options.limit, only_failed=options.only_failed)
+    try: states = run_sweep(plan, launcher, **choice, say=_say)
     finally: launcher.close()
     print(f"zerolab: {_counted(counts(states))}; in {_near(plan.parent)}")
     return 0 if all(state["status"] == "done" for state in states) else 1
@@ -142,12 +145,13 @@ def cancel_command(
     from zerolab.jobs.folder import cancel, state_of
     from zerolab.scene.paths import root
     for name in options.runs:
-        found = [Path(name)] if (Path(name)/"spec.json").is_file() else [path.parent for path in root().glob(f"runs/*/{name}*/spec.json")] \
-            if re.fullmatch(r"[\w-]+", name) else []
-        if len(found) != 1: raise ValueError(f"{'no run' if not found else f'{len(found)} runs begin with'} {name!r}: give a run's folder or the beginning of its id")
+        if (Path(name)/"spec.json").is_file(): found = [Path(name).resolve()]
+        else: found = [path.parent for path in root().glob(f"runs/*/{name}*/spec.json")] if re.fullmatch(r"[\w-]+", name) else []
+        if len(found) != 1:
+            raise ValueError(f"{f'{len(found)} runs begin with' if found else 'no run'} {name!r}: give a run's folder or the beginning of its id")
         state = state_of(found[0])["status"]
         if state in ("queued", "running"): cancel(found[0])
-        print(f"zerolab: {_near(found[0])} " + ("will stop" if state == "running" else "will not start" if state == "queued" else f"is {state}"))
+        print(f"zerolab: {_near(found[0])} " + {"running": "will stop", "queued": "will not start"}.get(state, f"is {state}"))
     return 0
 
 # %% ../../nbs/jobs/04_cli.ipynb #7aea98a4
@@ -248,8 +252,8 @@ def download_command(
     return 0
 
 # %% ../../nbs/jobs/04_cli.ipynb #26cd410f
-ENDINGS = """exit codes: 0 done; 1 the notebook failed, died, hung, ran out of time or of disk, or runs of a sweep are not done; 2 bad input; 130 Ctrl-C;
-143 terminated"""
+ENDINGS = """exit codes: 0 done; 1 the notebook failed, died, hung, ran out of time or of disk, or runs of a sweep are not done;
+2 bad input; 130 Ctrl-C; 143 terminated"""
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("zerolab", description="A notebook-first workbench for 3D generation and reconstruction.", epilog=ENDINGS)
@@ -275,7 +279,8 @@ def _add_run(verbs):
 
 def _add_limits(add):
     add.add_argument("--timeout", type=float, metavar="SECONDS", help="stop the notebook after so long")
-    add.add_argument("--hang", type=float, metavar="SECONDS", help="stop it when nothing is heard of it for so long: no output, no metrics, no checkpoint")
+    add.add_argument("--hang", type=float, metavar="SECONDS",
+                     help="stop it when nothing is heard of it for so long: no output, no metrics, no checkpoint")
     add.add_argument("--memory", type=float, metavar="GB", help="stop it when it uses more")
 
 # %% ../../nbs/jobs/04_cli.ipynb #30501069
@@ -291,27 +296,31 @@ left alone without --only-failed. A notebook whose code was changed is a new exp
 """
 
 def _add_sweep(verbs):
-    add = verbs.add_parser("sweep", help="run a notebook with many parameters", epilog=EXAMPLES + ENDINGS, formatter_class=argparse.RawDescriptionHelpFormatter,
+    add = verbs.add_parser("sweep", help="run a notebook with many parameters", epilog=EXAMPLES + ENDINGS,
+                           formatter_class=argparse.RawDescriptionHelpFormatter,
                            description="Make every run of a grid, a list or a random search that is missing, each in runs/<notebook>/<id>/.")
     add.add_argument("notebook", metavar="NOTEBOOK", help="path of a notebook, or name of one in nbs/experiments")
     points = add.add_argument_group("points", "every combination of what these give")
-    points.add_argument("-g", "--grid", action="append", default=[], metavar="NAME=A,B", help="values of a parameter; 0:8 is a range, 1e-5..1e-2,log a span")
+    points.add_argument("-g", "--grid", action="append", default=[], metavar="NAME=A,B",
+                        help="values of a parameter; 0:8 is a range, 1e-5..1e-2,log a span")
     points.add_argument("-z", "--zip", action="append", default=[], metavar="NAME=A,B", help="values that go together with those of the other --zip")
     points.add_argument("--random", type=_positive, metavar="N", help="so many points at random out of --grid, instead of all")
     points.add_argument("--random-seed", type=int, default=0, metavar="SEED", help="of that choice (default: %(default)s)")
     points.add_argument("--points", type=Path, metavar="FILE", help="a list of points: .csv, .json, .jsonl or .parquet")
     points.add_argument("--seeds", type=_seeds, metavar="N", help="each point with seeds 0 to N-1, or A:B")
-    points.add_argument("-p", "--param", dest="params", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter for all")
+    points.add_argument("-p", "--param", dest="params", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="a parameter for all")
     which = add.add_argument_group("which of them")
     which.add_argument("--dry-run", action="store_true", help="show what would run and what it may cost, and run nothing")
     which.add_argument("--limit", type=_positive, metavar="N", help="at most so many this time")
-    which.add_argument("--only-failed", action="store_true", help="those that failed, instead of those that are missing")
+    which.add_argument("--only-failed", action="store_true", help="those that failed, not those that are missing")
     which.add_argument("--max-fail", type=_count, metavar="N", help="start no more when more than N have failed")
     where = add.add_argument_group("where and how")
     where.add_argument("--on", choices=("local", "slurm", "ray"), default="local", help="this machine, SLURM or Ray (default: %(default)s)")
     where.add_argument("--workers", type=_positive, default=1, metavar="N", help="runs at the same time (default: %(default)s)")
     where.add_argument("--gpus", type=float, metavar="N", help="graphics cards for each run; 0.5 shares one")
-    where.add_argument("--retries", type=_count, default=2, metavar="N", help="tries after faults of the machine, never of a cell (default: %(default)s)")
+    where.add_argument("--retries", type=_count, default=2, metavar="N",
+                       help="tries after faults of the machine, never of a cell (default: %(default)s)")
     where.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster (default: one of its own, on this machine)")
     where.add_argument("--engine-option", dest="engine_options", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                        help="for SLURM, such as: partition gpu")

@@ -74,7 +74,8 @@ def attempt_files(
     "The attempts that were made."
     try: names = os.listdir(folder/"attempts")
     except FileNotFoundError: return []
-    return [folder/"attempts"/f"{number}.json" for number in sorted(int(name[:-5]) for name in names if name[:-5].isdecimal() and name.endswith(".json"))]
+    numbers = sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+    return [folder/"attempts"/f"{number}.json" for number in numbers]
 
 def is_alive(
     folder:Path,   # of a run

@@ -27,7 +27,8 @@ def parts_of(
     amount:float, # of cards: 0.5 is half of one, 2 is two whole ones
 ) -> tuple[int, int]: # how many cards; how many parts of each
     "What an amount of cards means in parts, rounded up."
-    if not amount > 0 or (amount > 1 and amount != int(amount)): raise ValueError(f"{amount:g} graphics cards: give a whole number, or a fraction of one")
+    if not amount > 0 or (amount > 1 and amount != int(amount)):
+        raise ValueError(f"{amount:g} graphics cards: give a whole number, or a fraction of one")
     if amount >= 1: return int(amount), PARTS
     share = Fraction(amount).limit_denominator(1000) * PARTS
     return 1, -(-share.numerator // share.denominator)

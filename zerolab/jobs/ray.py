@@ -32,7 +32,8 @@ def join_cluster(
             return ray
         except Exception as error:
             ray.shutdown()
-            if last or address: raise ValueError(f"Ray did not start or answer{f' at {address}' if address else ''}: {str(error).splitlines()[0]}") from None
+            where = f" at {address}" if address else ""
+            if last or address: raise ValueError(f"Ray did not start or answer{where}: {str(error).splitlines()[0]}") from None
             time.sleep(5)
 
 def ray_task(
@@ -42,8 +43,8 @@ def ray_task(
     "What runs on a node: a worker in a process of its own, which ends with the node."
     import ray
     job = ray.get_runtime_context().get_task_id()
-    command = [sys.executable, "-m", "zerolab.jobs.worker", folder, "--attempt", str(number), "--engine", "ray", "--job", job, "--parent", str(os.getpid())]
-    return subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+    command = [sys.executable, "-m", "zerolab.jobs.worker", folder, "--attempt", str(number), "--engine", "ray", "--job", job]
+    return subprocess.run([*command, "--parent", str(os.getpid())], stdin=subprocess.DEVNULL).returncode
 
 # %% ../../nbs/jobs/03b_ray.ipynb #5c181631
 class RayCluster:

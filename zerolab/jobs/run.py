@@ -7,10 +7,11 @@ __all__ = ['JobError', 'Parameter', 'notebook_parameters', 'check_parameters', '
            'checkpoint_dir', 'artifact', 'commit_of', 'diff_of', 'environment_hash', 'surroundings', 'find_notebook',
            'read_notebook', 'claim_folder', 'Tee', 'code_hash', 'run_id', 'Limits', 'Request', 'requests',
            'write_request', 'origin_of', 'Watch', 'gpu_memory', 'RunResult', 'RunInterrupted', 'execute_run',
-           'run_notebook']
+           'deferred_stop', 'run_notebook']
 
 # %% ../../nbs/jobs/02_run.ipynb #9d551d7c
-import ast, datetime, difflib, hashlib, json, math, os, platform, shutil, subprocess, sys, time
+import ast, datetime, difflib, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -345,7 +346,8 @@ class Watch:
             state = [_changed(self.folder/name) for name in ("metrics.json", "metrics.jsonl", "ckpt")]
             if state != self.state: self.state, self.seen = state, now
         except OSError: pass  # a disk that is full or away for a moment
-        if self.memory and used > 1000 * self.memory: reason = ("died", f"used {used / 1000:.2f} GB of memory, more than its limit of {self.memory:g} GB")
+        if self.memory and used > 1000 * self.memory:
+            reason = ("died", f"used {used / 1000:.2f} GB of memory, more than its limit of {self.memory:g} GB")
         return self.seen, reason
 
     def _measure(self, pid:int, cards:bool) -> float:
@@ -414,31 +416,49 @@ def execute_run(
     spec, before = read_json(folder/"spec.json"), state_of(folder)
     number = take_run(folder, number, engine=engine)
     if number is None: return None
-    state, clock, watch = _first_words(spec, before, number, engine, job, gpus), time.monotonic(), Watch(folder, number, spec["memory"], gpus)
+    state, clock = _first_words(spec, before, number, engine, job, gpus), time.monotonic()
+    watch = Watch(folder, number, spec["memory"], gpus)
     environment = os.environ | {"ZEROLAB_RUN_DIR": str(folder), "ZEROLAB_ATTEMPT": str(number), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     if gpus is not None: environment["CUDA_VISIBLE_DEVICES"] = gpus
     def save(book):
         if not is_mine(folder, number): return
-        with atomic_path(folder/"out.ipynb") as temporary: temporary.write_text(json.dumps(book, indent=1, ensure_ascii=False), encoding="utf-8")
+        with atomic_path(folder/"out.ipynb") as temporary:
+            temporary.write_text(json.dumps(book, indent=1, ensure_ascii=False), encoding="utf-8")
     try:
         write_json(folder/"run.json", state)
         _make_room(folder, number)
         book = _inject(read_notebook(folder/"in.ipynb"), spec["chosen"])
         with open(folder/"log.txt", "a", encoding="utf-8", errors="replace") as log:
             out, err = (Tee(log, stream if echo else None) for stream in (sys.stdout, sys.stderr))
-            outcome = execute(book, save, environment=environment, stdout=out, stderr=err, timeout=spec["timeout"], hang=spec["hang"], tick=watch, keep=keep)
+            outcome = execute(book, save, environment=environment, stdout=out, stderr=err, timeout=spec["timeout"], hang=spec["hang"],
+                              tick=watch, keep=keep)
     except OSError as error: outcome = Outcome("failed", error=_disk(error, folder), cause="disk")
     except JobError as error: outcome = Outcome("failed", error=str(error), cause="cell")
-    except KeyboardInterrupt as stop: outcome = Outcome("preempted" if 15 in stop.args else "interrupted")  # 15 is SIGTERM; before or after the cells
-    return _last_words(folder, spec, state, number, outcome, watch, round(time.monotonic() - clock, 3))
+    except KeyboardInterrupt as stop: outcome = Outcome("preempted" if signal.SIGTERM in stop.args else "interrupted")  # before or after the cells
+    with deferred_stop(): return _last_words(folder, spec, state, number, outcome, watch, round(time.monotonic() - clock, 3))
+
+# %% ../../nbs/jobs/02_run.ipynb #363710ea
+@contextmanager
+def deferred_stop():
+    "While this lasts, Ctrl-C and its relatives are only noted; they take effect afterwards."
+    noted, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            if callable(signal.getsignal(number)): before[number] = signal.signal(number, lambda number, frame: noted.append(number))
+    try: yield
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
+        for number in noted[:1]: os.kill(os.getpid(), number)
 
 # %% ../../nbs/jobs/02_run.ipynb #fd46a6b5
 def _first_words(spec:dict, before:dict, number:int, engine:str, job:str|None, gpus:str|None) -> dict:
     "`run.json` at the start of an attempt."
     earlier = before.get("earlier", [])
-    if before["status"] != "queued": earlier = [*earlier, {name: before.get(name) for name in ("attempt", "status", "cause", "error", "seconds")}]
-    return {"status": "running", "cause": "", "error": "", "cell": None, "attempt": number, "earlier": earlier, "engine": engine, "job": job, "gpus": gpus,
-            "holder": this_process(), "notebook": spec["notebook"], "commit": spec["commit"], "dirty": spec["dirty"], **surroundings(), "started": _now()}
+    if before["status"] != "queued":
+        earlier = [*earlier, {name: before.get(name) for name in ("attempt", "status", "cause", "error", "seconds")}]
+    return {"status": "running", "cause": "", "error": "", "cell": None, "attempt": number, "earlier": earlier, "engine": engine, "job": job,
+            "gpus": gpus, "holder": this_process(), "notebook": spec["notebook"], "commit": spec["commit"], "dirty": spec["dirty"],
+            **surroundings(), "started": _now()}
 
 def _make_room(folder:Path, number:int):
     "Take away what an earlier attempt left and this one will write; end its last line in the series if it was cut."

@@ -16,7 +16,8 @@ class Task:
     "What a task of the array calls; submitit stores it and asks for `checkpoint` when the time is nearly over."
     def __call__(self, folder:str, number:int|None):
         again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"   # SLURM has queued it anew: another attempt
-        job = "_".join(filter(None, (os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID")), os.environ.get("SLURM_ARRAY_TASK_ID"))))
+        names = [name for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ] or ["SLURM_JOB_ID"]
+        job = "_".join(os.environ.get(name, "") for name in names)
         command = [sys.executable, "-m", "zerolab.jobs.worker", folder, "--engine", "slurm", "--parent", str(os.getpid())]
         if number and not again: command += ["--attempt", str(number)]
         if job: command += ["--job", job]
@@ -57,7 +58,8 @@ class Slurm:
         except RuntimeError as error: raise ValueError(f"no SLURM here: {error}") from None
         minutes = max(1, round(1.1 * timeout / 60) + 1) if timeout else None
         wanted = {"name": "zerolab", "timeout_min": minutes, "mem_gb": memory and 1.1 * memory, "gpus_per_node": gpus and int(gpus),
-                  "slurm_array_parallelism": workers, "slurm_signal_delay_s": 90, "slurm_additional_parameters": {"requeue": True, "open-mode": "append"}}
+                  "slurm_array_parallelism": workers, "slurm_signal_delay_s": 90,
+                  "slurm_additional_parameters": {"requeue": True, "open-mode": "append"}}
         self.executor.update_parameters(**{name: value for name, value in wanted.items() if value is not None},
                                         **{name if "_" in name else f"slurm_{name}": value for name, value in options.items()})
         self.capacity, self.waiting, self.jobs = 10_000, [], {}
@@ -71,7 +73,8 @@ class Slurm:
         "Submit what waits, and say which runs have gone."
         if self.waiting:
             folders, numbers = zip(*self.waiting)
-            for folder, job in zip(folders, self.executor.map_array(Task(), [str(folder) for folder in folders], list(numbers))): self.jobs[folder] = job
+            jobs = self.executor.map_array(Task(), [str(folder) for folder in folders], list(numbers))
+            self.jobs |= dict(zip(folders, jobs))
             self.waiting, self.looked = [], time.monotonic()
             self.alive = {job.job_id for job in self.jobs.values()}
         if time.monotonic() - self.looked < (1 if self.executor.cluster == "local" else 5): return []
@@ -85,7 +88,8 @@ class Slurm:
         if self.executor.cluster == "local": return {job.job_id for job in self.jobs.values() if not job.done()}
         numbers = sorted({job.job_id.split("_")[0] for job in self.jobs.values()})
         if not numbers: return set()
-        try: done = subprocess.run(["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(numbers)}"], capture_output=True, text=True, timeout=60)
+        command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(numbers)}"]
+        try: done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired): return self.alive
         if done.returncode and "Invalid job id" not in done.stderr: return self.alive   # the controller is busy: believe what was last known
         return set(done.stdout.split())

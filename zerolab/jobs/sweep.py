@@ -11,7 +11,7 @@ import csv, hashlib, itertools, json, math, random, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
-from .folder import attempt_files, machine_fault, state_of
+from .folder import machine_fault, state_of
 from .run import JobError, Limits, _now, origin_of, requests, write_request
 from ..scene.paths import read_json, root, write_json
 
@@ -27,7 +27,8 @@ def zipped(
 ) -> list[dict]:
     "The first values of all axes, then the second ones, and so on."
     lengths = {name: len(values) for name, values in axes.items()}
-    if len(set(lengths.values())) > 1: raise JobError(f"zip: axes must be equally long, got {', '.join(f'{n} of {name}' for name, n in lengths.items())}")
+    if len(set(lengths.values())) > 1:
+        raise JobError(f"zip: axes must be equally long, got {', '.join(f'{n} of {name}' for name, n in lengths.items())}")
     return [dict(zip(axes, values)) for values in zip(*axes.values())]
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def read_points(
     try:
         if path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8-sig") as file: rows = [dict(row) for row in csv.DictReader(file, strict=True)]
-            if any(None in row or None in row.values() for row in rows): raise JobError(f"{path}: a line has more or fewer values than the first one has names")
+            if any(None in row or None in row.values() for row in rows):
+                raise JobError(f"{path}: a line has more or fewer values than the first one has names")
         elif path.suffix == ".json": rows = json.loads(path.read_text(encoding="utf-8"))
         elif path.suffix == ".jsonl": rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         elif path.suffix == ".parquet":
@@ -208,7 +210,7 @@ class Sweep:
     "A sweep while it runs."
     def __init__(self, plan:Plan, launcher, retries:int, pause:float, max_fail:int|None, say:Callable):
         self.plan, self.launcher, self.retries, self.pause, self.max_fail, self.say = plan, launcher, retries, pause, max_fail, say
-        self.todo: list[tuple[float, int]] = []     # not before this time; place in the plan
+        self.todo: list[tuple[float, int, int]] = []  # not before this time; place in the plan; the last attempt that was seen there
         self.running: dict[Path, int] = {}          # with our launcher
         self.elsewhere: list[int] = []              # with another driver
         self.tries, self.ended, self.failed = {}, [], 0
@@ -219,11 +221,12 @@ class Sweep:
         while len(self.running) < self.launcher.capacity and (item := next((item for item in self.todo if item[0] <= now), None)):
             if self.max_fail is not None and self.failed > self.max_fail: return
             self.todo.remove(item)
-            k, folder = item[1], self.plan.folders[item[1]]
+            _, k, attempt = item
+            folder = self.plan.folders[k]
             self.tries[k] = self.tries.get(k, 0) + 1
             self.running[folder] = k
             if self.tries[k] == 1: (folder/"cancel").unlink(missing_ok=True)
-            self.launcher.submit(folder, len(attempt_files(folder)) + 1)
+            self.launcher.submit(folder, attempt + 1)
 
     def collect(self):
         "Look how runs stand whose workers have gone."
@@ -236,13 +239,13 @@ class Sweep:
         for k in list(self.elsewhere):
             if (state := state_of(self.plan.folders[k]))["status"] == "running": continue
             self.elsewhere.remove(k)
-            if state["status"] in UNFINISHED: self.todo.append((0., k))
+            if state["status"] in UNFINISHED: self.todo.append((0., k, state["attempt"]))
             else: self._end(k, state)
 
     def _again(self, k:int, state:dict):
         wait = self.pause * 2 ** (self.tries[k] - 1)
         self.say(f"{self.plan.label(k)}: {state['error'] or state['status']}; again in {spoken(wait)}")
-        self.todo.append((time.monotonic() + wait, k))
+        self.todo.append((time.monotonic() + wait, k, state["attempt"]))
 
     def _end(self, k:int, state:dict):
         self.ended.append(k)
@@ -269,7 +272,7 @@ def run_sweep(
     states = plan.states()
     todo = missing(states, only_failed)[:limit]
     sweep = Sweep(plan, launcher, retries, pause, max_fail, say)
-    sweep.todo = [(0., k) for k in todo]
+    sweep.todo = [(0., k, states[k]["attempt"]) for k in todo]
     sweep.elsewhere = [k for k, state in enumerate(states) if state["status"] == "running"] if limit is None else []
     slept = 0.
     while sweep.running or sweep.elsewhere or sweep.todo:
