@@ -120,12 +120,14 @@ class Keeper(NotebookExecutionManager):
         super().__init__(notebook, progress_bar=False, autosave_cell_every=5)
         self.write, self.every = write, every
 
-    def save(self, **kwargs):
+    def save(self, **kwargs) -> bool: # whether it has tried
         "Save unless the last save is too recent or the disk refuses."
-        if (self.now() - self.last_save_time).total_seconds() < self.every: return
+        if (self.now() - self.last_save_time).total_seconds() < self.every: return False
+        started = time.monotonic()
         try: self.write(self.nb)
         except OSError: pass
-        self.last_save_time = self.now()
+        self.last_save_time, self.every = self.now(), max(self.every, 10 * (time.monotonic() - started))  # a tenth of the time at most
+        return True
 
 # %% ../../nbs/jobs/00_kernel.ipynb #3c0d403d
 class Outcome(NamedTuple):
@@ -224,10 +226,11 @@ async def run_to_the_end(client:Client, environment:dict, timeout:float|None, ha
 
 async def _watch(client:Client, timeout, hang, tick):
     "Look at the clock, at the kernel's silence and at what `tick` says, once a second; stop the run if one of them wants it."
-    started, reason = time.monotonic(), None
+    started, saved, reason = time.monotonic(), 0., None
     while not reason:
         left = timeout - (time.monotonic() - started) if timeout else 1.
         await asyncio.sleep(max(0., min(1., left)))
+        if client.heard > saved and client.nb_man.save(): saved = time.monotonic()   # a reader sees what is there so far, also of a silent cell
         if timeout and time.monotonic() - started >= timeout: reason = ("timeout", f"stopped after {timeout:g} s")
         elif tick:
             heard, reason = await asyncio.to_thread(tick, client.km.provisioner.pid if client.km and client.km.has_kernel else None)

@@ -82,10 +82,10 @@ def read_points(
         elif path.suffix == ".jsonl": rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         elif path.suffix == ".parquet":
             import duckdb
-            with duckdb.connect() as connection:
-                table = connection.execute("SELECT * FROM read_parquet(?)", [str(path)])
-                names = [column[0] for column in table.description]
-                rows = [dict(zip(names, row)) for row in table.fetchall()]
+            try: table = duckdb.connect().execute("SELECT * FROM read_parquet(?)", [str(path)])
+            except duckdb.Error as error: raise JobError(f"{path}: {str(error).splitlines()[0]}") from None
+            names = [column[0] for column in table.description]
+            rows = [dict(zip(names, row)) for row in table.fetchall()]
         else: raise JobError(f"{path}: points are read from .csv, .json, .jsonl or .parquet")
     except (ValueError, csv.Error) as error: raise error if isinstance(error, JobError) else JobError(f"{path}: {error}") from None
     except OSError as error: raise JobError(f"{path}: {error.strerror or error}") from None
