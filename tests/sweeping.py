@@ -101,8 +101,8 @@ def plan_fates(folder, fates):
     from zerolab.jobs.sweep import plan_sweep
     source = "".join(f"{'el' * (k > 0)}if fate == {fate!r}:\n" + "".join(f"    {line}\n" for line in code.splitlines())
                      for k, (fate, code) in enumerate(FATES.items()))
-    notebook = write_notebook(folder / "fates.ipynb", "import os, time\nfrom pathlib import Path\nfrom zerolab.jobs.run import checkpoint_dir, record\n"
-                              "first = os.environ['ZEROLAB_ATTEMPT'] == '1'", source, "_ = record(finished=True)", parameters="fate = 'good'")
+    imports = "import os, time\nfrom pathlib import Path\nfrom zerolab.jobs.run import checkpoint_dir, record\n"
+    notebook = write_notebook(folder / "fates.ipynb", imports + "first = os.environ['ZEROLAB_ATTEMPT'] == '1'", source, "_ = record(finished=True)", parameters="fate = 'good'")
     plan = plan_sweep(notebook, [{"fate": fate} for fate in fates], runs=folder / "runs")
     for fate, run, request in zip(fates, plan.folders, plan.requests):
         run.mkdir(parents=True)
@@ -125,4 +125,5 @@ def check_fates(plan, fates, states):
                if (folder / "metrics.json").exists()}
     for fate in fates:
         if ENDS[fate][0] == "done" and fate != "exits early": assert metrics[fate]["finished"] is True, fate
-    if "preempted once" in fates: assert (metrics["preempted once"]["start"], metrics["preempted once"]["end"]) == (7, 20), "it goes on from its checkpoint"
+    if "preempted once" in fates:
+        assert (metrics["preempted once"]["start"], metrics["preempted once"]["end"]) == (7, 20), "it goes on from its checkpoint"

@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sweeping import FATES, Marked, check_fates, command, plan_fates, wait_until, write_notebook
+from sweeping import FATES, REPOSITORY, Marked, check_fates, command, plan_fates, wait_until, write_notebook
 from zerolab.jobs import cli
 from zerolab.jobs.fleet import Local
 from zerolab.jobs.folder import attempt_files, cancel, state_of, take_run
-from zerolab.jobs.run import JobError, Limits, requests, write_request
+from zerolab.jobs.run import JobError, Limits, notebook_parameters, requests, write_request
 from zerolab.jobs.sweep import Span, missing, plan_sweep, random_points, read_points, run_sweep
 
 
@@ -123,7 +123,8 @@ def test_fractions_of_cards_are_shared_and_come_back(tmp_path, monkeypatch):
     monkeypatch.setenv("ZEROLAB_LEASES", str(tmp_path / "leases"))
     from zerolab.jobs.gpus import try_lease
     notebook = write_notebook(tmp_path / "card.ipynb", "import os, time\ntime.sleep(0.2)\nfrom zerolab.jobs.run import record\n"
-                              "_ = record(card=os.environ['CUDA_VISIBLE_DEVICES'])\nif x == 1: os.kill(os.getppid(), 9); time.sleep(60)", parameters="x = 0")
+                              "_ = record(card=os.environ['CUDA_VISIBLE_DEVICES'])\nif x == 1: os.kill(os.getppid(), 9); time.sleep(60)",
+                              parameters="x = 0")
     plan = plan_sweep(notebook, [{"x": x} for x in range(4)], limits=Limits(gpus=0.5), runs=tmp_path / "runs")
     with Local(4) as launcher: states = run_sweep(plan, launcher, retries=0, say=lambda line: None)
     assert [state["status"] for state in states] == ["done", "lost", "done", "done"]
@@ -213,6 +214,17 @@ def test_bad_sweeps_are_one_line(tmp_path, monkeypatch, capsys, arguments, said)
     err = capsys.readouterr().err
     assert said in err and err.startswith("zerolab: ") and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_experiment_can_be_swept():
+    """The contract of a notebook in nbs/experiments: a parameters cell with literal defaults, so that its points have an identity."""
+    experiments = sorted((REPOSITORY / "nbs/experiments").glob("*.ipynb"))
+    assert len(experiments) >= 5
+    for path in experiments:
+        (request,) = requests(path, [{}])
+        assert request.params, f"{path.name} has no cell tagged parameters"
+        json.dumps(request.params)
+        assert all(parameter.kind for parameter in notebook_parameters(request.book).values()), f"{path.name}: a default is no literal"
 
 
 def test_points_from_every_kind_of_file(tmp_path):
