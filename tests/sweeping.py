@@ -102,7 +102,8 @@ def plan_fates(folder, fates):
     source = "".join(f"{'el' * (k > 0)}if fate == {fate!r}:\n" + "".join(f"    {line}\n" for line in code.splitlines())
                      for k, (fate, code) in enumerate(FATES.items()))
     imports = "import os, time\nfrom pathlib import Path\nfrom zerolab.jobs.run import checkpoint_dir, record\n"
-    notebook = write_notebook(folder / "fates.ipynb", imports + "first = os.environ['ZEROLAB_ATTEMPT'] == '1'", source, "_ = record(finished=True)", parameters="fate = 'good'")
+    notebook = write_notebook(folder / "fates.ipynb", imports + "first = os.environ['ZEROLAB_ATTEMPT'] == '1'", source, "_ = record(finished=True)",
+                              parameters="fate = 'good'")
     plan = plan_sweep(notebook, [{"fate": fate} for fate in fates], runs=folder / "runs")
     for fate, run, request in zip(fates, plan.folders, plan.requests):
         run.mkdir(parents=True)

@@ -22,8 +22,11 @@ class Task:
         if number and not again: command += ["--attempt", str(number)]
         if job: command += ["--job", job]
         self.worker = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        for name in ("SIGTERM", "SIGCONT"): signal.signal(getattr(signal, name), lambda *_: None)  # the worker has got it as well
-        return self.worker.wait()
+        warned = []
+        signal.signal(signal.SIGTERM, lambda *_: warned.append(True))   # the worker has got it as well
+        code = self.worker.wait()
+        if code == 143 and warned and "SLURM_JOB_ID" in os.environ: time.sleep(3600)   # until SLURM ends it and queues it again
+        return code
 
     def checkpoint(self, folder:str, number:int|None):
         "The time is nearly over: let the worker save, and queue the task again."
