@@ -82,14 +82,14 @@ def test_a_ray_node_that_dies_gives_its_runs_to_the_other(tmp_path, ray_here, mo
         port = probe.getsockname()[1]
     start = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--num-cpus=2", "--block", "--disable-usage-stats"]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    head = subprocess.Popen([*start, "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"], **quiet)
+    head = subprocess.Popen([*start, "--head", f"--port={port}", "--node-ip-address=127.0.0.2", "--include-dashboard=false"], **quiet)
     nodes = [head]
     try:
-        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 90)
-        nodes.append(subprocess.Popen([*start, f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2"], **quiet))
+        wait_until(lambda: socket.socket().connect_ex(("127.0.0.2", port)) == 0, 90)
+        nodes.append(subprocess.Popen([*start, f"--address=127.0.0.2:{port}", "--node-ip-address=127.0.0.3"], **quiet))
         notebook = write_notebook(tmp_path / "nap.ipynb", "import time\ntime.sleep(4)", parameters="x = 0")
         plan = plan_sweep(notebook, [{"x": x} for x in range(10)], runs=tmp_path / "runs")
-        with RayCluster(4, address=f"127.0.0.1:{port}") as launcher:
+        with RayCluster(4, address=f"127.0.0.2:{port}") as launcher:
             wait_until(lambda: len([node for node in launcher.ray.nodes() if node["Alive"]]) == 2, 90)
             killed = []
             def say(line):

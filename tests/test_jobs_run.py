@@ -127,7 +127,10 @@ def test_an_interrupted_run_lets_the_cell_save_and_leaves_no_kernel(tmp_path, nu
         tmp_path / "long.ipynb", "import os, time\nfolder = os.environ['ZEROLAB_RUN_DIR']\nprint('started')",
         "open(folder + '/pid', 'w').write(str(os.getpid()))\ntry: time.sleep(60)\nfinally: open(folder + '/saved', 'w').write('x')",
         "print('never')")
-    run = command("run", notebook, "--out", tmp_path / "run")
+    def deaf():   # as Ray starts its workers, and a shell in the background; all children inherit it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    run = command("run", notebook, "--out", tmp_path / "run", preexec_fn=deaf if number == signal.SIGTERM else None)
     wait_for(tmp_path / "run/pid", run)
     time.sleep(0.2)
     run.send_signal(number)

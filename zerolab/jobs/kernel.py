@@ -21,6 +21,8 @@ from papermill.engines import NotebookExecutionManager
 
 # %% ../../nbs/jobs/00_kernel.ipynb #35b4a28e
 START = """import signal, sys
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2): signal.signal(number, lambda *_: None)
 if sys.path[0] == "": del sys.path[0]  # else a file random.py beside the notebook would be imported by Jupyter; IPython puts it back
 from ipykernel import kernelapp
@@ -78,8 +80,7 @@ reap = _names["reap"]   # `reap(token)` kills every process of this user that ha
 GUARD = REAP + """
 import sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2): signal.signal(number, signal.SIG_IGN)
-sys.stdin.buffer.read()
-reap(sys.argv[1])
+if sys.stdin.buffer.read() != b"done": reap(sys.argv[1])
 """
 
 @contextmanager
@@ -93,8 +94,7 @@ def guarded(
     try: yield token
     finally:
         reap(token)
-        guard.stdin.close()
-        guard.wait()
+        guard.communicate(b"done")
 
 # %% ../../nbs/jobs/00_kernel.ipynb #a4ac15b4
 def join_streams(outputs:list): # a cell's outputs, changed in place

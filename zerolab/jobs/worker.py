@@ -30,6 +30,7 @@ def work(
     "Execute one run, in its own working folder and on the cards that it asked for."
     from zerolab.jobs.gpus import lease
     from zerolab.jobs.run import execute_run
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2): signal.signal(number, _sent_away)
     folder, granted, visible = Path(folder).resolve(), None, None
     try:
