@@ -33,7 +33,7 @@ def join_cluster(
         except Exception as error:
             ray.shutdown()
             where = f" at {address}" if address else ""
-            if last or address: raise ValueError(f"Ray did not start or answer{where}: {str(error).splitlines()[0]}") from None
+            if last: raise ValueError(f"Ray did not start or answer{where}: {str(error).splitlines()[0]}") from None
             time.sleep(5)
 
 def ray_task(
