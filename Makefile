@@ -23,7 +23,7 @@ test: $(STAMP) ## run every check: export, clean, notebooks, documentation, test
 	@tests/run_checks.sh
 
 test-engines: $(STAMP) ## run the slow tests of jobs: SLURM, Ray, killed drivers, overhead; results go into data/results/
-	$(BIN)/python -m pytest tests/test_jobs_engines.py tests/test_jobs_sweep.py tests/test_train_launch.py --run-slow
+	$(BIN)/python -m pytest tests/test_jobs_engines.py tests/test_jobs_sweep.py tests/test_jobs_launch.py --run-slow
 
 docs: $(STAMP) ## build the documentation site in _site/
 	$(BIN)/python -m zerolab.dev.site build

@@ -84,7 +84,7 @@ class Local:
     def poll(self) -> list[Path]:
         "Folders whose workers have gone since the last call."
         gone = [folder for folder in self.orphans if state_of(folder)["status"] != "running"]
-        for line in self._lines():
+        for line in _lines(self):
             said = json.loads(line)
             if "folder" in said: self.running[Path(said["folder"])] = said["pid"]
             else: gone += [folder for folder, pid in self.running.items() if pid == said["pid"]]
@@ -92,18 +92,6 @@ class Local:
             self.running.pop(folder, None)
             self.orphans.discard(folder)
         return gone
-
-    def _lines(self) -> list[bytes]:
-        "What the nursery has said since."
-        while self.nursery and select.select([self.nursery.stdout], [], [], 0)[0]:
-            chunk = os.read(self.nursery.stdout.fileno(), 1 << 16)
-            self.heard += chunk
-            if not chunk:
-                lines = self.heard.split(b"\n")[:-1]
-                self._lost_nursery()
-                return lines
-        *lines, self.heard = self.heard.split(b"\n")
-        return lines
 
     def cancel(self, folder:Path):
         "Have a run stopped."
@@ -115,26 +103,43 @@ class Local:
 
     def close(self, patience:float=15.):
         "Send SIGTERM to all workers, wait, and kill what is left."
-        deadline, number = time.monotonic() + patience, signal.SIGTERM
-        while self.running and number:
-            self.poll()
-            for pid in [pid for pid in self.running.values() if pid]: _signal(pid, number)
-            number = 0
-            while self.running and time.monotonic() < deadline:
-                time.sleep(0.05)
-                self.poll()
-            if self.running: number, deadline = signal.SIGKILL, time.monotonic() + 5
-            if time.monotonic() > deadline: break
-        if self.nursery:
-            self.nursery.stdin.close()
-            try: self.nursery.wait(5)
-            except subprocess.TimeoutExpired: self.nursery.kill()
-            self.nursery.stdout.close()
-            self.nursery.wait()
-            self.nursery = None
+        _close(self, patience)
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
+
+# %% ../../nbs/jobs/03_fleet.ipynb #9967a0b4
+def _lines(launcher:Local) -> list[bytes]:
+    "What the nursery has said since."
+    while launcher.nursery and select.select([launcher.nursery.stdout], [], [], 0)[0]:
+        chunk = os.read(launcher.nursery.stdout.fileno(), 1 << 16)
+        launcher.heard += chunk
+        if not chunk:
+            lines = launcher.heard.split(b"\n")[:-1]
+            launcher._lost_nursery()
+            return lines
+    *lines, launcher.heard = launcher.heard.split(b"\n")
+    return lines
+
+def _close(launcher:Local, patience:float):
+    "SIGTERM, time to save, SIGKILL; the nursery last."
+    deadline, number = time.monotonic() + patience, signal.SIGTERM
+    while launcher.running and number:
+        launcher.poll()
+        for pid in [pid for pid in launcher.running.values() if pid]: _signal(pid, number)
+        number = 0
+        while launcher.running and time.monotonic() < deadline:
+            time.sleep(0.05)
+            launcher.poll()
+        if launcher.running: number, deadline = signal.SIGKILL, time.monotonic() + 5
+        if time.monotonic() > deadline: break
+    if launcher.nursery:
+        launcher.nursery.stdin.close()
+        try: launcher.nursery.wait(5)
+        except subprocess.TimeoutExpired: launcher.nursery.kill()
+        launcher.nursery.stdout.close()
+        launcher.nursery.wait()
+        launcher.nursery = None
 
 def _signal(pid:int, number:int):
     try: os.kill(pid, number)

@@ -60,7 +60,7 @@ class Lease:
 
 def _folder() -> Path:
     "Where the locks lie, the same for everyone on this machine."
-    folder = Path(os.environ.get("ZEROLAB_LEASES", "/tmp/zerolab-gpus"))
+    folder = Path(os.environ.get("ZEROLAB_LEASES", Path("/tmp", "zerolab-gpus")))
     if not folder.is_dir():
         folder.mkdir(exist_ok=True)
         os.chmod(folder, 0o1777)
@@ -71,6 +71,7 @@ def _open(path:Path) -> int:
     try: return os.open(path, os.O_RDONLY)
     except FileNotFoundError: return os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
 
+# %% ../../nbs/jobs/02a_gpus.ipynb #201fa8b5
 def try_lease(
     amount:float,         # of cards
     gpus:list|None=None,  # names of cards to choose from, by default the visible ones

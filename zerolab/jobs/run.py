@@ -426,6 +426,7 @@ def execute_run(
             temporary.write_text(json.dumps(book, indent=1, ensure_ascii=False), encoding="utf-8")
     try:
         write_json(folder/"run.json", state)
+        beat(folder)
         _make_room(folder, number)
         book = _inject(read_notebook(folder/"in.ipynb"), spec["chosen"])
         with open(folder/"log.txt", "a", encoding="utf-8", errors="replace") as log:

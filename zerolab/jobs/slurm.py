@@ -10,6 +10,7 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from .fleet import read_log
 from .folder import ENDINGS, cancel, state_of
+from ..scene.paths import root
 
 # %% ../../nbs/jobs/03a_slurm.ipynb #105ac26c
 class Task:
@@ -52,19 +53,10 @@ class Slurm:
         cluster:str|None=None,      # "local": processes of this machine, to try things out
         **options,                  # of submitit, such as partition, account or qos
     ):
-        try: import submitit
-        except ImportError: raise ValueError("SLURM needs submitit: pip install 'zerolab[slurm]'") from None
         if gpus and gpus != int(gpus): raise ValueError(f"{gpus:g} graphics cards: SLURM gives whole ones")
-        from zerolab.scene.paths import root
-        self.folder = Path(folder or root()/"runs"/"slurm")
-        try: self.executor = submitit.AutoExecutor(folder=self.folder/"%j", cluster=cluster)
-        except RuntimeError as error: raise ValueError(f"no SLURM here: {error}") from None
         minutes = max(1, round(1.1 * timeout / 60) + 1) if timeout else None
-        wanted = {"name": "zerolab", "timeout_min": minutes, "mem_gb": memory and 1.1 * memory, "gpus_per_node": gpus and int(gpus),
-                  "slurm_array_parallelism": workers, "slurm_signal_delay_s": 90,
-                  "slurm_additional_parameters": {"requeue": True, "open-mode": "append"}}
-        self.executor.update_parameters(**{name: value for name, value in wanted.items() if value is not None},
-                                        **{name if "_" in name else f"slurm_{name}": value for name, value in options.items()})
+        wanted = {"timeout_min": minutes, "mem_gb": memory and 1.1 * memory, "gpus_per_node": gpus and int(gpus), "slurm_array_parallelism": workers}
+        self.executor = _executor(Path(folder or root()/"runs"/"slurm"), cluster, wanted, options)
         self.capacity, self.waiting, self.jobs = 10_000, [], {}
         self.looked, self.alive = 0., set()
 
@@ -81,25 +73,10 @@ class Slurm:
             self.waiting, self.looked = [], time.monotonic()
             self.alive = {job.job_id for job in self.jobs.values()}
         if time.monotonic() - self.looked < (1 if self.executor.cluster == "local" else 5): return []
-        self.looked, self.alive = time.monotonic(), self._known()
-        gone = [folder for folder, job in self.jobs.items() if job.job_id not in self.alive and not self._ending(folder)]
+        self.looked, self.alive = time.monotonic(), _known(self)
+        gone = [folder for folder, job in self.jobs.items() if job.job_id not in self.alive and state_of(folder)["status"] != "running"]  # last words may be late
         for folder in gone: del self.jobs[folder]
         return gone
-
-    def _known(self) -> set[str]:
-        "Tasks that SLURM still has: queued, running, or to be queued again."
-        if self.executor.cluster == "local": return {job.job_id for job in self.jobs.values() if not job.done()}
-        numbers = sorted({job.job_id.split("_")[0] for job in self.jobs.values()})
-        if not numbers: return set()
-        command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(numbers)}"]
-        try: done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired): return self.alive
-        if done.returncode and "Invalid job id" not in done.stderr: return self.alive   # the controller is busy: believe what was last known
-        return set(done.stdout.split())
-
-    def _ending(self, folder:Path) -> bool:
-        "Whether the last words may not have reached this node yet, as on a network disk that caches."
-        return state_of(folder)["status"] == "running"
 
     def cancel(self, folder:Path):
         "Have a run stopped; one that has not started is taken off the queue."
@@ -122,3 +99,26 @@ class Slurm:
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
+
+# %% ../../nbs/jobs/03a_slurm.ipynb #caaf07c5
+def _executor(folder:Path, cluster:str|None, wanted:dict, options:dict):
+    "submitit's end of the queue."
+    try: import submitit
+    except ImportError: raise ValueError("SLURM needs submitit: pip install 'zerolab[slurm]'") from None
+    try: executor = submitit.AutoExecutor(folder=folder/"%j", cluster=cluster)
+    except RuntimeError as error: raise ValueError(f"no SLURM here: {error}") from None
+    wanted = {name: value for name, value in wanted.items() if value is not None} | {"name": "zerolab", "slurm_signal_delay_s": 90}
+    executor.update_parameters(**wanted, slurm_additional_parameters={"requeue": True, "open-mode": "append"},
+                               **{name if "_" in name else f"slurm_{name}": value for name, value in options.items()})
+    return executor
+
+def _known(launcher:Slurm) -> set[str]:
+    "Tasks that SLURM still has: queued, running, or to be queued again."
+    if launcher.executor.cluster == "local": return {job.job_id for job in launcher.jobs.values() if not job.done()}
+    numbers = sorted({job.job_id.split("_")[0] for job in launcher.jobs.values()})
+    if not numbers: return set()
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(numbers)}"]
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired): return launcher.alive
+    if done.returncode and "Invalid job id" not in done.stderr: return launcher.alive   # the controller is busy: believe what was last known
+    return set(done.stdout.split())

@@ -199,7 +199,7 @@ def _past(plan:Plan, most:int=1000) -> list[float]:
     return sorted(same or durations)
 
 def spoken(
-    seconds:float,
+    seconds:float, # of a run, or of many
 ) -> str:
     "A duration as one says it."
     if seconds < 100: return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

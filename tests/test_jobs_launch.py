@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from sweeping import Marked, wait_until, write_notebook
-from zerolab.train.launch import launch
+from zerolab.jobs.launch import launch
 
 FOREVER = """import os, time
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def test_ranks_die_with_the_kernel_that_is_killed(functions, monkeypatch):
     import subprocess
     import sys
     marked = Marked(monkeypatch)
-    code = f"from zerolab.train.launch import launch\nlaunch('waiting:wait', 2, {{'folder': {str(functions)!r}}})"
+    code = f"from zerolab.jobs.launch import launch\nlaunch('waiting:wait', 2, {{'folder': {str(functions)!r}}})"
     alone = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ranks = wait_until(lambda: sorted(path for path in functions.iterdir() if path.name in ("0", "1"))[1:] and functions, 120)
     pids = wait_until(lambda: [int(text) for text in ((ranks / name).read_text() for name in ("0", "1")) if text][1:] and
@@ -58,7 +58,7 @@ def test_ranks_save_when_their_run_is_sent_away(functions, monkeypatch):
     from zerolab.jobs.folder import state_of
     from zerolab.jobs.sweep import plan_sweep, write_plan
     marked = Marked(monkeypatch)
-    notebook = write_notebook(functions / "train.ipynb", "from zerolab.train.launch import launch",
+    notebook = write_notebook(functions / "train.ipynb", "from zerolab.jobs.launch import launch",
                               f"launch('waiting:wait', 2, {{'folder': {str(functions)!r}}})", "print('never')")
     plan = plan_sweep(notebook, [{}], runs=functions / "runs")
     write_plan(plan)
