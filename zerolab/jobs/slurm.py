@@ -74,7 +74,7 @@ class Slurm:
             self.alive = {job.job_id for job in self.jobs.values()}
         if time.monotonic() - self.looked < (1 if self.executor.cluster == "local" else 5): return []
         self.looked, self.alive = time.monotonic(), _known(self)
-        gone = [folder for folder, job in self.jobs.items() if job.job_id not in self.alive and state_of(folder)["status"] != "running"]  # last words may be late
+        gone = [folder for folder, job in self.jobs.items() if job.job_id not in self.alive and state_of(folder)["status"] != "running"]
         for folder in gone: del self.jobs[folder]
         return gone
 
