@@ -9,10 +9,10 @@ STAMP := $(VENV)/.zerolab-installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test docs readme lab notebooks clean
+.PHONY: help setup quickstart test test-engines docs readme lab notebooks clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install everything, pinned (quick when nothing changed)
 
@@ -21,6 +21,9 @@ quickstart: $(STAMP) ## shapes, training and a reconstruction in minutes, left u
 
 test: $(STAMP) ## run every check: export, clean, notebooks, documentation, tests
 	@tests/run_checks.sh
+
+test-engines: $(STAMP) ## run the slow tests of jobs: SLURM, Ray, killed drivers, overhead; results go into data/results/
+	$(BIN)/python -m pytest tests/test_jobs_engines.py tests/test_jobs_sweep.py tests/test_jobs_launch.py --run-slow
 
 docs: $(STAMP) ## build the documentation site in _site/
 	$(BIN)/python -m zerolab.dev.site build

@@ -13,7 +13,7 @@ WIDE = "<table><tr>" + "".join(f"<td>column{i:03d}</td>" for i in range(60)) + "
 
 def make_run(folder, *cells, params=None, metrics=None, **spec):
     spec = dict(notebook=str(folder / "job.ipynb"), status="done", started="2026-01-01T10:00:00", seconds=3., versions={}, machine={}) | spec
-    files = {"run.json": spec, "params.json": params or {}, "metrics.json": metrics or {}, "out.ipynb": new_notebook(cells=list(cells))}
+    files = {"run.json": spec, "spec.json": {"params": params or {}}, "metrics.json": metrics or {}, "out.ipynb": new_notebook(cells=list(cells))}
     for name, content in files.items(): (folder / name).write_text(json.dumps(content))
     return folder
 

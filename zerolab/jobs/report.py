@@ -195,7 +195,8 @@ def write_report(
     "Write the report of a run: one file that needs nothing from outside."
     folder = Path(run_folder)
     spec = read_json(folder/"run.json")
-    params, metrics, notebook = (read_json(folder/name) if (folder/name).exists() else {} for name in ("params.json", "metrics.json", "out.ipynb"))
+    request, metrics, notebook = (read_json(folder/name) if (folder/name).exists() else {} for name in ("spec.json", "metrics.json", "out.ipynb"))
+    params = request.get("params", {})
     cells, chosen = notebook.get("cells", []), notebook.get("metadata", {}).get("papermill", {}).get("parameters", {})
     origin = Path(spec.get("notebook", folder/"out.ipynb"))
     title, cells = _split_title(cells, origin.stem)
