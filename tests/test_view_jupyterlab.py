@@ -186,6 +186,19 @@ def test_two_frames_a_second_and_more_while_a_cell_computes(lab):
     b.wait(f"{cell(3)}.innerText.includes('the loop is over')", 30)
 
 
+def test_training_is_seen_while_it_happens(lab):
+    b = lab.browser
+    at_rest(b, 1)
+    lab.kernel("SECONDS, UPDATE = 3, 1")
+    count, before = frames(b, 1), b.picture(canvas(1))
+    lab.start(3)
+    time.sleep(.5)
+    b.evaluate(f"{cell(1)}.scrollIntoView(), 1")
+    time.sleep(1.5)
+    assert lab.computes(3) and frames(b, 1) - count >= 2 and np.abs(b.picture(canvas(1)) - before).mean() > 1
+    b.wait(f"{PANEL}.content.widgets[3].model.executionState == 'idle'", 30)
+
+
 def test_pyvista_shows_any_scene(lab):
     b = lab.browser
     lab.run(2)

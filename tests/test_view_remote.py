@@ -314,6 +314,22 @@ def test_new_data_during_a_training_step_are_copied_and_the_last_ones_are_drawn(
     want.close()
 
 
+@pytest.mark.parametrize("renderer", ["cpu", pytest.param("vtk", marks=pytest.mark.skipif(ensure_gl() is None, reason="no OpenGL"))])
+def test_data_that_come_faster_than_they_are_drawn_are_seen_while_the_main_thread_spins(renderer):
+    """Each update takes longer to show than the next one takes to come: the view must not wait for the last."""
+    gaussians, interval = cloud(), sys.getswitchinterval()
+    view = RemoteView(gaussians, renderer=renderer, size=(60, 80), data_fps=20)
+    page = Page(view).rest()
+    count, deadline = len(page.frames), time.monotonic() + 20
+    while len(page.frames) < count + 8 and time.monotonic() < deadline:
+        view.set_data(Gaussians(gaussians.means + .001, *gaussians.tensors()[1:]))
+        sum(range(1000))
+    assert len(page.frames) >= count + 8 and not page.notes
+    page.rest()
+    view.close()
+    assert sys.getswitchinterval() == interval, "threads take turns as before"
+
+
 def test_batches_and_other_types_are_copied_to_plain_float32():
     batch = Gaussians.stack([cloud(5, 0), cloud(5, 1)]).to(dtype=torch.float64)
     first = one_scene(batch)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MONITOR_CSS', 'MONITOR_JS', 'TURN_LEAVES', 'SHOWN', 'ROW_BYTES', 'STATIC_BYTES', 'gather', 'ticks', 'short', 'labels',
            'curve_svg', 'pack_gaussians', 'Snapshots', 'undisturbed', 'Share', 'page_skeleton', 'picture_row', 'encode',
-           'encode_row', 'hear_at_once', 'Panel', 'Watch', 'SnapshotMaker', 'LivePage', 'StoredPage', 'DisplayedPage',
-           'Observer', 'Monitor']
+           'encode_row', 'Panel', 'Watch', 'SnapshotMaker', 'LivePage', 'StoredPage', 'DisplayedPage', 'Observer',
+           'Monitor']
 
 # %% ../../nbs/view/07_monitor.ipynb #4dc1df98
 import base64, html, json, os, random, threading, time
@@ -25,7 +25,7 @@ from ..render.splats import render_splats
 from ..scene.cameras import orbit
 from ..scene.gaussians import Gaussians
 from .pictures import picture_psnr
-from .remote import RemoteView, has_front_end, one_scene
+from .remote import RemoteView, has_front_end, one_scene, hear_at_once
 from .sheet import OKABE_ITO, _smoothed, to_uint8
 
 # %% ../../nbs/view/07_monitor.ipynb #1453d208
@@ -364,13 +364,6 @@ def encode_row(
     shown = pictures[:SHOWN]
     return [encode(picture, ROW_BYTES//len(shown)) for picture in shown]
 
-# %% ../../nbs/view/07_monitor.ipynb #0bcebfe4
-def hear_at_once(
-    widget,     # an ipywidget
-) -> None:
-    "Let messages of this widget arrive while a cell computes, though that cell speaks to it."
-    if hasattr(widget.comm, "_reply_subshell_for"): widget.comm._reply_subshell_for = lambda data, subshell: subshell
-
 # %% ../../nbs/view/07_monitor.ipynb #69b64306
 class Panel(anywidget.AnyWidget):
     "The live page; what its buttons say goes to `answer`."
@@ -539,7 +532,6 @@ class LivePage:
         if gaussians is not None:
             if self.view is None:
                 self.view = RemoteView(gaussians, renderer="cpu", size=self.view_size, data_fps=2., label="the Gaussians of this step")
-                hear_at_once(self.view)
                 self.box.children = [self.panel, self.view]
             else: self.view.set_data(gaussians)
         self.panel.shots = self._shot(step, view=False)

@@ -7,8 +7,8 @@ __all__ = ['ARROWS', 'BUTTONS', 'BUILD_JS', 'VIEW_JS', 'POINTER_JS', 'REMOTE_CSS
            'zoom', 'look_along', 'fit', 'stand_back', 'read_view', 'aim', 'FunctionDrawer', 'one_scene', 'extent',
            'splat_drawer', 'plotter_lock', 'ContextTaken', 'draw_plotter', 'subplot_camera', 'PlotterDrawer',
            'merge_events', 'move_camera', 'send_to_interactor', 'FrameLoop', 'encode_picture', 'scene_functions',
-           'scene_drawer', 'choose_drawer', 'Pace', 'Hand', 'Stage', 'Frames', 'LiveView', 'RemoteView', 'view_size',
-           'has_front_end', 'pyvista_backend', 'use_in_pyvista']
+           'scene_drawer', 'choose_drawer', 'Pace', 'Hand', 'Stage', 'quick_turns', 'Frames', 'LiveView',
+           'hear_at_once', 'RemoteView', 'view_size', 'has_front_end', 'pyvista_backend', 'use_in_pyvista']
 
 # %% ../../nbs/view/05_remote.ipynb #f8ca979d
 import asyncio, base64, ctypes, os, sys, threading, time, traceback, weakref
@@ -846,6 +846,23 @@ class Stage(Hand):
             pace.want("moving")
             self.moved()
 
+# %% ../../nbs/view/05_remote.ipynb #f9014324
+_TURNS, _DRAWING = threading.Lock(), []
+
+@contextmanager
+def quick_turns(
+    seconds:float=2e-4,    # that a thread keeps the interpreter's lock when others want it
+):
+    "Inside, threads take turns quickly; afterwards as before, when the last of several is through."
+    with _TURNS:
+        _DRAWING.append(sys.getswitchinterval())
+        sys.setswitchinterval(min(seconds, _DRAWING[0]))
+    try: yield
+    finally:
+        with _TURNS:
+            before = _DRAWING.pop(1 if len(_DRAWING) > 1 else 0)    # the first one is what it was before any
+            if not _DRAWING: sys.setswitchinterval(before)
+
 # %% ../../nbs/view/05_remote.ipynb #1e42f83e
 class Frames:
     "The work of a view's thread: events, new data, and a frame when one is due."
@@ -864,7 +881,7 @@ class Frames:
             wait = pace.wait()
             if wait != 0.: return wait
             what, pace.wanted, began = pace.wanted, None, time.monotonic()
-            self.frame(what, self.draw(what))
+            with quick_turns(): self.frame(what, self.draw(what))
             pace.drew(what, began, stage.hand is not None)
         except ContextTaken:
             _let_go(stage.drawer)
@@ -881,7 +898,7 @@ class Frames:
         stage = self.stage
         if stage.tasks:
             with stage.drawer.drawing():
-                while stage.tasks: stage.tasks.popitem()[1]()
+                for _ in range(len(stage.tasks)): stage.tasks.pop(next(iter(stage.tasks)))()    # not those that come meanwhile
         through, (height, width) = stage.through, stage.screen
         scale = 1. if what != "still" else stage.ratio
         size = round(scale * height), round(scale * width)
@@ -955,6 +972,13 @@ class LiveView:
         except Exception as error: return {**data, "text/plain": f"{self.label}: {type(error).__name__}: {error}"}, metadata
         return {**data, mime: base64.b64encode(picture).decode(), "text/plain": self.label}, metadata
 
+# %% ../../nbs/view/05_remote.ipynb #18445d21
+def hear_at_once(
+    widget,     # an ipywidget
+) -> None:
+    "Let messages of this widget arrive while a cell computes, though that cell speaks to it."
+    if hasattr(widget.comm, "_reply_subshell_for"): widget.comm._reply_subshell_for = lambda data, subshell: subshell
+
 # %% ../../nbs/view/05_remote.ipynb #19887736
 class RemoteView(LiveView, anywidget.AnyWidget):
     "A live 3D view in a notebook, drawn in the kernel, alive while a cell computes."
@@ -986,6 +1010,7 @@ class RemoteView(LiveView, anywidget.AnyWidget):
         self._end = weakref.finalize(self, _end, self.loop, drawer)
         _VIEWS.add(self)
         self.on_msg(lambda widget, content, buffers: widget.loop.put(content))
+        hear_at_once(self)
         if self.comm is not None: self.comm.on_close(lambda message: me() and me().close())
 
     def _tell_others(self):
