@@ -6,11 +6,13 @@
 __all__ = ['turn_path', 'spline_path', 'frames_of', 'save_movie', 'save_turntable', 'picture_psnr', 'comparison', 'error_map']
 
 # %% ../../nbs/view/00a_pictures.ipynb #fc251587
+from io import BytesIO
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation, RotationSpline
@@ -151,6 +153,14 @@ def save_turntable(
     return save_movie(pictures, path, fps, quality=quality)
 
 # %% ../../nbs/view/00a_pictures.ipynb #c821c983
+class _Shown(Figure):
+    "A figure that a notebook shows also where pyplot was not used before."
+    def _repr_png_(self):
+        buffer = BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+# %% ../../nbs/view/00a_pictures.ipynb #db18e1ba
 def picture_psnr(
     prediction,    # [H,W,C] or [V,H,W,C], uint8 or float in [0,1]
     truth,         # of the same shape
@@ -182,7 +192,6 @@ def comparison(
     errors_only: bool = False,     # whether the pictures themselves are left out
 ):
     "Rows of truth, prediction and error with one colour bar; returns the matplotlib figure."
-    from matplotlib.figure import Figure
     if not isinstance(predictions, dict): predictions = {"prediction": predictions}
     truth, predictions = list(truth), {name: list(pictures) for name, pictures in predictions.items()}
     for name, pictures in predictions.items():
@@ -196,7 +205,7 @@ def comparison(
         if not errors_only: rows.append((name, [to_uint8(p) for p in predictions[name]], None))
         rows.append((name if errors_only and len(predictions) > 1 else "error", maps[name], [_decibels(error) for error in errors[name]]))
     height = width*truth[0].shape[0]/truth[0].shape[1]
-    figure = Figure(figsize=(width*len(truth) + 0.9, (height + 0.12)*len(rows) + 0.18*len(predictions) + 0.1), layout="constrained")
+    figure = _Shown(figsize=(width*len(truth) + 0.9, (height + 0.12)*len(rows) + 0.18*len(predictions) + 0.1), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)
     axes = figure.subplots(len(rows), len(truth), squeeze=False)
     for line, (name, pictures, decibels) in zip(axes, rows): _draw_row(line, name, pictures, decibels, maximum)
