@@ -14,14 +14,14 @@ import sys, torch
 from zerolab.scene.gaussians import Gaussians
 from zerolab.view.gl import ensure_gl, gl_info
 from zerolab.view.scene import Scene
-from zerolab.view.splats import view
+from zerolab.view.widgets import view
 window = ensure_gl()
 gaussians = Gaussians(0.3 * torch.randn(60, 3), torch.randn(60, 4), torch.full((60, 3), 0.1), torch.ones(60), torch.zeros(60, 1, 3))
 with Scene((40, 60)) as scene:
     scene.add_splats(gaussians)
     scene.add_bounds()
     picture = scene.screenshot()
-assert picture.shape == (40, 60, 3) and picture.std() > 5 and view(gaussians, size=(40, 60)).size == (60, 40)
+assert picture.shape == (40, 60, 3) and picture.std() > 5 and view(gaussians, size=(40, 60), static=True).snapshot().shape == (40, 60, 3)
 assert ("vtkmodules.vtkRenderingOpenGL2" in sys.modules) == (window is not None), "VTK is left alone where it cannot draw"
 print("drawn with", window, gl_info()["window"])
 """

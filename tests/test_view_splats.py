@@ -15,7 +15,7 @@ from zerolab.scene.cameras import look_at, orbit
 from zerolab.scene.gaussians import Gaussians, rgb_to_sh
 from zerolab.view import splats as splats_module
 from zerolab.view.gl import ensure_gl, find_opengl
-from zerolab.view.splats import ELLIPSOID_RADIUS, MODES, OVERDRAW, SplatActor, SplatSettings, place_camera, read_camera, view
+from zerolab.view.splats import ELLIPSOID_RADIUS, MODES, OVERDRAW, SplatActor, SplatSettings, place_camera, read_camera
 
 
 def cloud(count=1500, degree=0, seed=0):
@@ -371,13 +371,6 @@ print(full, coarse, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
     full, coarse, gigabytes = map(float, subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
     print(f"full {full:.2f} s, a tenth {coarse:.2f} s, {gigabytes:.2f} GB")
     assert gigabytes < 4 and coarse < full / 3
-
-
-def test_without_opengl_the_cpu_renderer_draws(monkeypatch):
-    monkeypatch.setattr("zerolab.view.splats.ensure_gl", lambda: None)
-    camera = orbit([50.], 15., 2.7, size=(60, 80))
-    assert np.array_equal(view(cloud(), camera), truth(cloud(), camera))
-    with pytest.raises(ValueError, match="no OpenGL"): view(cloud(), camera, backend="pyvista")
 
 
 def test_importing_the_module_does_not_load_vtk():

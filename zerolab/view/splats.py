@@ -6,7 +6,7 @@
 __all__ = ['NEAR', 'BLUR', 'PROJECT', 'HIDE_NEAR', 'BLEND', 'MODES', 'POINT_RADIUS', 'OVERDRAW', 'ELLIPSOID_RADIUS', 'DOT',
            'ROUND', 'COUNT', 'BODY_VERTEX', 'BODY', 'BODY_LINKS', 'place_camera', 'read_camera', 'SplatSettings',
            'short_axes', 'normal_colors', 'checked_gaussians', 'SplatActor', 'prepare_renderer', 'choose_gaussians',
-           'frustum_lines', 'frustum_corners', 'view']
+           'frustum_corners']
 
 # %% ../../nbs/view/02_splats.ipynb #6d913d4f
 import threading
@@ -14,11 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..render.projection import ALPHA_MAX, ALPHA_MIN, CLAMP_MARGIN, EXTENT_MAX
-from ..render.splats import render_splats
-from ..scene.cameras import Cameras, orbit
+from ..scene.cameras import Cameras
 from ..scene.gaussians import Gaussians, rotation_matrices, sh_basis, sh_to_rgb
 from .gl import NO_OPENGL, ensure_gl
 
@@ -454,15 +452,6 @@ def _depth_range(renderer, places: np.ndarray) -> tuple[float, float]:
     return float(low), float(max(high, low + 1e-6 * max(1., abs(low))))
 
 # %% ../../nbs/view/02_splats.ipynb #b85f236a
-def frustum_lines(
-    camera: Cameras,  # its first view
-    depth: float,     # of the drawn picture plane, world units
-):                    # pyvista's PolyData
-    "The outline of one camera's picture at `depth`, and its lines to the eye."
-    import pyvista as pv
-    points = frustum_corners(camera, depth)
-    return pv.PolyData(points, lines=np.array([[2, a, b] for a, b in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 1)]]).ravel())
-
 def frustum_corners(
     camera: Cameras,  # its first view
     depth: float,     # of the picture plane, world units
@@ -473,34 +462,3 @@ def frustum_corners(
     corners = torch.tensor([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], dtype=torch.float64)
     in_camera = depth * corners @ torch.linalg.inv(camera.K[0]).T
     return torch.cat([camera.centers, in_camera @ camera.c2w[0, :3, :3].T + camera.centers]).numpy()
-
-# %% ../../nbs/view/02_splats.ipynb #1f4a8b21
-def view(
-    gaussians: Gaussians,             # [N]
-    camera: Cameras | None = None,    # where to look from (its first view), by default from the side and above
-    *,
-    cameras: Cameras | None = None,   # drawn into the scene as frustums
-    meshes=(),                        # anything that pyvista can draw
-    size=(360, 480),                  # height, width in pixels of the default camera
-    background=(1., 1., 1.),          # rgb in [0,1]
-    backend: str = "auto",            # pyvista, or cpu for our own renderer (splats alone), or auto: pyvista where OpenGL is
-) -> Image.Image:                     # a notebook shows it
-    "A picture of Gaussians, in a pyvista scene with cameras and meshes where OpenGL allows it."
-    if backend not in ("auto", "pyvista", "cpu"): raise ValueError(f"view: backend is {backend!r}, need auto, pyvista or cpu")
-    camera = orbit([30.], 20., 2.7 if cameras is None else 5., size=size) if camera is None else camera[:1]
-    window = None if backend == "cpu" else ensure_gl()
-    if backend == "pyvista" and not window: raise ValueError(f"view: {NO_OPENGL}, or use backend='cpu'")
-    if not window:
-        rgb = render_splats(gaussians.detach().to("cpu"), camera.to("cpu"), torch.tensor(background, dtype=gaussians.dtype)).rgb[0]
-        return Image.fromarray((rgb.clamp(0, 1) * 255).round().byte().numpy())
-    import pyvista as pv
-    actor = SplatActor(gaussians)
-    plotter = pv.Plotter(off_screen=True, window_size=(camera.width, camera.height), lighting="light kit")
-    try:
-        plotter.set_background(tuple(float(x) for x in background))
-        for mesh in meshes: plotter.add_mesh(mesh, color="#b0b6bc")
-        for k in range(len(cameras) if cameras is not None else 0): plotter.add_mesh(frustum_lines(cameras[k], 0.3), color="#0072B2", line_width=1.5)
-        actor.attach(plotter)
-        place_camera(plotter, camera)
-        return Image.fromarray(plotter.screenshot(return_img=True))
-    finally: plotter.close()
