@@ -8,7 +8,7 @@ __all__ = ['START', 'TOKEN', 'REAP', 'reap', 'GUARD', 'LocalKernel', 'guarded', 
 
 # %% ../../nbs/jobs/00_kernel.ipynb #5d890788
 import asyncio, logging, os, secrets, signal, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -281,7 +281,9 @@ def execute(
         environment = dict(os.environ if environment is None else environment) | {TOKEN: token}
         running = pool.submit(asyncio.run, run_to_the_end(client, environment, timeout, hang, tick))
         while True:
-            try: outcome = running.result()
+            try:
+                while not wait([running], 0.5).done: pass   # a signal that another thread got is seen here only when this one wakes
+                outcome = running.result()
             except KeyboardInterrupt as stop: _pass_on(client, "preempted" if signal.SIGTERM in stop.args else "interrupted")
             else: break
     keeper.notebook_complete()
