@@ -18,27 +18,36 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zerolab.scene.paths import root
+from zerolab.view.gl import find_opengl
+
 BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
          "--enable-unsafe-swiftshader", "--remote-debugging-port=0", "--remote-allow-origins=*"]
 
 
+# Where ZEROLAB_REQUIRE_BROWSER=1 says that nothing may be missing, no test is skipped: one that misses something fails.
+REQUIRED = os.environ.get("ZEROLAB_REQUIRE_BROWSER", "") not in ("", "0")
+NO_CHROMIUM, NO_OPENGL = "no chromium here: apt-get install chromium", "no OpenGL here: apt-get install libosmesa6"
+chromium = pytest.mark.skipif(not (BINARY or REQUIRED), reason=NO_CHROMIUM)       # marks of tests
+opengl = pytest.mark.skipif(not (find_opengl() or REQUIRED), reason=NO_OPENGL)
+
+
 def missing(what):
-    "Skip the test that needs `what`; fail it where ZEROLAB_REQUIRE_BROWSER=1 says that nothing may be missing."
-    if os.environ.get("ZEROLAB_REQUIRE_BROWSER", "") not in ("", "0"): pytest.fail(f"ZEROLAB_REQUIRE_BROWSER is set, and there is {what}", pytrace=False)
+    "Skip the test that needs `what`, or fail it."
+    if REQUIRED: pytest.fail(f"ZEROLAB_REQUIRE_BROWSER is set, and there is {what}", pytrace=False)
     pytest.skip(what)
 
 
 def need_chromium():
-    "For a test that drives a browser."
-    if not BINARY: missing("no chromium here: apt-get install chromium")
+    "For a fixture that drives a browser."
+    if not BINARY: missing(NO_CHROMIUM)
 
 
 def need_opengl():
-    "For a test that lets VTK draw."
-    from zerolab.view.gl import find_opengl
-    if not find_opengl(): missing("no OpenGL here: apt-get install libosmesa6")
+    "For a fixture that lets VTK draw."
+    if not find_opengl(): missing(NO_OPENGL)
 
 
 class Browser:
@@ -159,7 +168,6 @@ def jupyterlab(folder, work, **environment):
                "--IdentityProvider.token=", f"--ServerApp.root_dir={work}", f"--LabApp.user_settings_dir={folder / 'settings'}",
                f"--LabApp.workspaces_dir={folder / 'workspaces'}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    from zerolab.scene.paths import root
     paths = os.pathsep.join([str(root()), *filter(None, [os.environ.get("PYTHONPATH")])])
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, env={**os.environ, **folders, "PYTHONPATH": paths, **environment}, stdout=log, stderr=log)

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from chromium import BINARY, Browser
+from chromium import Browser, chromium
 from zerolab.data.checks import (CHECKS, MESH_CHECKS, Check, angular_gap, border_contact, check_dataset, check_mesh, check_views, checks_page,
                                  complexity, coverage, edge_table, exposure, judge, mark_copies, picture_hash, save_rows, texture_variance)
 from zerolab.data.shards import ShardDataset, ShardError, write_shards
@@ -200,7 +200,7 @@ def test_the_page_is_whole_and_asks_for_nothing(mixed, tmp_path):
     assert "url(" not in page and not re.search(r"https?:", page)
 
 
-@pytest.mark.skipif(not BINARY, reason="no chromium here: apt-get install chromium")
+@chromium
 def test_the_page_fits_a_phone(mixed, tmp_path):
     page, browser = checks_page(check_dataset(mixed), mixed, tmp_path/"page.html"), Browser()
     try:

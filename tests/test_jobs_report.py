@@ -1,10 +1,9 @@
 """Reports hold what a run left, run nothing hostile, and fit a phone."""
 import json
 
-import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from chromium import BINARY, Browser
+from chromium import Browser, chromium
 from zerolab.jobs.report import write_report
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
@@ -42,7 +41,7 @@ def test_a_run_without_a_notebook_has_a_report(tmp_path):
     assert "<title>job</title>" in page and "cannot write" in page and "show the cell" not in page
 
 
-@pytest.mark.skipif(not BINARY, reason="no chromium here: apt-get install chromium")
+@chromium
 def test_a_report_fits_a_phone_and_asks_nothing_of_the_network(tmp_path):
     outside = '<img src="http://127.0.0.1:9/a.png"><script src="http://127.0.0.1:9/a.js"></script><link rel=stylesheet href="http://127.0.0.1:9/a.css">'
     page = write_report(make_run(

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from zerolab.view import gl
+from chromium import opengl
 from zerolab.view.gl import egl_devices, ensure_gl, find_opengl, gl_info, load_library
 
 DRAW = """
@@ -76,7 +77,7 @@ def test_osmesa_alone_is_enough():
     assert (result.returncode, result.stdout, result.stderr) == (0, "drawn with vtkOSOpenGLRenderWindow vtkOSOpenGLRenderWindow\n", "")
 
 
-@pytest.mark.skipif(not find_opengl(), reason="no OpenGL here: apt-get install libosmesa6")
+@opengl
 def test_a_display_that_is_gone_does_no_harm():
     result = python(DRAW, DISPLAY=":77")
     assert result.returncode == 0 and result.stdout.startswith("drawn with vtk") and "vtkX" not in result.stdout, result.stderr
@@ -113,7 +114,7 @@ def test_an_egl_without_drivers_has_no_device(monkeypatch):
     assert egl_devices() == 0
 
 
-@pytest.mark.skipif(not find_opengl(), reason="no OpenGL here: apt-get install libosmesa6")
+@opengl
 def test_info_names_what_draws():
     info = gl_info()
     assert info["window"] == find_opengl() and info["renderer"] and info["opengl"][0].isdigit() and "advice" not in info

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from chromium import BINARY, Browser
+from chromium import Browser, need_chromium
+from clouds import cloud, psnr, truth
 from zerolab.render.splats import render_splats
 from zerolab.scene.cameras import orbit
 from zerolab.jobs.cli import main
-from zerolab.scene.gaussians import Gaussians, covariances, eval_sh, rgb_to_sh, save_ply
+from zerolab.scene.gaussians import Gaussians, covariances, eval_sh, save_ply
 from zerolab.view.local import STYLE, WIDGET_JS, LocalView, camera_dict, dict_camera, embed, splat_html, viewer_js
 from zerolab.view.webgl import INFLATE_JS, pack_splats, unpack_splats
 
@@ -25,24 +26,9 @@ HIDE = "for (const kind of ['note', 'gear']) document.querySelector('.zl-' + kin
 VIEWPORT = "<meta name=viewport content='width=device-width, initial-scale=1'>"
 
 
-def cloud(count=1500, degree=0, seed=0):
-    make = torch.Generator().manual_seed(seed)
-    normal, uniform = lambda *size: torch.randn(size, generator=make), lambda *size: torch.rand(size, generator=make)
-    sh = torch.cat([rgb_to_sh(uniform(count, 3))[:, None], 0.15 * normal(count, (degree + 1)**2 - 1, 3)], 1)
-    return Gaussians(0.4 * normal(count, 3), normal(count, 4), torch.exp(-4.5 + 1.5 * uniform(count, 3)), 0.05 + 0.9 * uniform(count), sh)
-
-
-def psnr(a, b): return -10 * np.log10(max(np.mean((np.asarray(a, float) - np.asarray(b, float))**2) / 255**2, 1e-12))
-
-
-def truth(gaussians, camera, background=(1., 1., 1.)):
-    rgb = render_splats(gaussians, camera, torch.tensor(background), backend="cpu").rgb[0]
-    return (rgb.clamp(0, 1) * 255).round().byte().numpy()
-
-
 @pytest.fixture(scope="module")
 def browser():
-    if not BINARY: pytest.skip("no chromium here: apt-get install chromium")
+    need_chromium()
     browser = Browser()
     yield browser
     browser.close()

@@ -3,12 +3,8 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from chromium import BINARY, Browser
+from chromium import Browser, jupyterlab, need_chromium
 from zerolab.scene.gaussians import Gaussians
 from zerolab.scene.paths import root
 from zerolab.train.checkpoint import list_checkpoints
@@ -360,33 +356,12 @@ print("ended with", history.step, history.finished)
 @pytest.fixture
 def lab(tmp_path):
     """JupyterLab on one notebook that trains, with settings of its own; its address."""
-    if not BINARY: pytest.skip("no chromium here: apt-get install chromium")
+    need_chromium()
     (tmp_path/"work").mkdir()
     cell = dict(cell_type="code", id="train", metadata={}, outputs=[], execution_count=None, source=NOTEBOOK.format(tests=str(root()/"tests")))
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     (tmp_path/"work"/"monitor.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
-    quiet = tmp_path/"settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    quiet.parent.mkdir(parents=True)
-    quiet.write_text(json.dumps(dict(fetchNews="false", checkForUpdates=False)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folders = {name: str(tmp_path/name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path/'work'}", f"--LabApp.user_settings_dir={tmp_path/'settings'}",
-               f"--LabApp.workspaces_dir={tmp_path/'workspaces'}", "--LabApp.expose_app_in_browser=True"]
-    environment = {name: value for name, value in os.environ.items() if name != "CI"} | folders
-    environment["PYTHONPATH"] = os.pathsep.join([str(root()), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with open(tmp_path/"log", "w") as log: server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        for _ in range(300):
-            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status").read()
-            except OSError: time.sleep(.1)
-            else: break
-        yield f"http://127.0.0.1:{port}/lab/tree/monitor.ipynb"
-    finally:
-        server.terminate()
-        server.wait(20)
+    with jupyterlab(tmp_path, tmp_path/"work", ZEROLAB_STATIC="0") as address: yield f"{address}/lab/tree/monitor.ipynb"
 
 
 STEP = "Number((document.querySelector('.zm-head b + .zm-state + span b') || {textContent: '0'}).textContent.replace(/,/g, ''))"

@@ -1,21 +1,18 @@
 """Play: what the controls say is built, nothing piles up, and a person in JupyterLab can turn, move and press."""
-import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from dataclasses import fields, replace
 from html import escape, unescape
 
 import numpy as np
 import pytest
 
-from chromium import BINARY, Browser
+from chromium import Browser, jupyterlab, need_chromium, opengl
 from zerolab.data.scans import load_mesh
 from zerolab.render.light import bake_light
 from zerolab.scene.cameras import orbit
@@ -24,7 +21,6 @@ from zerolab.shapes import zeroverse
 from zerolab.shapes.zeroverse import PAPER, RELEASE, THINGS, Recipe, make_shape
 from zerolab.view import play as module
 from zerolab.view.play import NAMED, Controls, MeshView, Studio, Worker, play, recipe_code
-from zerolab.view.gl import find_opengl
 
 NAMES = {**vars(zeroverse), "replace": replace}
 
@@ -232,7 +228,7 @@ def test_a_full_disk_is_said_in_place(desk, monkeypatch):
     assert "No space left on device" in desk.note.value and "slider" not in desk.note.value
 
 
-@pytest.mark.skipif(not find_opengl(), reason="no OpenGL here: apt-get install libosmesa6")
+@opengl
 def test_pyvista_and_our_renderer_show_the_same_place_from_any_thread():
     camera, views = orbit([30.], 20., size=(160, 160)), {}
     for seed in (2, 12):
@@ -272,32 +268,10 @@ def test_importing_the_module_does_not_load_vtk():
 @pytest.fixture
 def lab(tmp_path):
     """JupyterLab on a copy of the notebook, with settings of its own; its address."""
-    if not BINARY: pytest.skip("no chromium here: apt-get install chromium")
+    need_chromium()
     (tmp_path / "work").mkdir()
     shutil.copy(root() / "nbs/experiments/play_zeroverse.ipynb", tmp_path / "work")
-    quiet = tmp_path / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    quiet.parent.mkdir(parents=True)
-    quiet.write_text(json.dumps(dict(fetchNews="false", checkForUpdates=False)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folders = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path / 'work'}", f"--LabApp.user_settings_dir={tmp_path / 'settings'}",
-               f"--LabApp.workspaces_dir={tmp_path / 'workspaces'}", "--LabApp.expose_app_in_browser=True"]
-    paths = os.pathsep.join([str(root()), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(command, env={**os.environ, **folders, "PYTHONPATH": paths}, stdout=log, stderr=log)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            try: urllib.request.urlopen(f"{address}/api/status").read()
-            except OSError: time.sleep(.1)
-            else: break
-        yield f"{address}/lab/tree/play_zeroverse.ipynb"
-    finally:
-        server.terminate()
-        server.wait(20)
+    with jupyterlab(tmp_path, tmp_path / "work") as address: yield f"{address}/lab/tree/play_zeroverse.ipynb"
 
 
 def slider(label): return f"[...document.querySelectorAll('.widget-slider')].find(x => x.querySelector('label').textContent == '{label}')"

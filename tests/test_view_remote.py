@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from chromium import need_opengl
+from chromium import need_opengl, opengl
 from zerolab.render.splats import render_splats
 from zerolab.scene.cameras import orbit
 from zerolab.scene.gaussians import Gaussians, rgb_to_sh
@@ -314,7 +314,7 @@ def test_new_data_during_a_training_step_are_copied_and_the_last_ones_are_drawn(
     want.close()
 
 
-@pytest.mark.parametrize("renderer", ["cpu", pytest.param("vtk", marks=pytest.mark.skipif(ensure_gl() is None, reason="no OpenGL"))])
+@pytest.mark.parametrize("renderer", ["cpu", pytest.param("vtk", marks=opengl)])
 def test_data_that_come_faster_than_they_are_drawn_are_seen_while_the_main_thread_spins(renderer):
     """Each update takes longer to show than the next one takes to come: the view must not wait for the last."""
     gaussians, interval = cloud(), sys.getswitchinterval()

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from test_view_splats import OUTSIDE, cloud, exact, psnr, wild
+from chromium import opengl
+from clouds import cloud, psnr
+from test_view_splats import OUTSIDE, exact, wild
 from zerolab.render.light import bake_light
 from zerolab.render.mesh import render_mesh
 from zerolab.render.splats import render_splats
 from zerolab.scene.cameras import look_at, orbit
 from zerolab.shapes.zeroverse import PAPER, make_shape
-from zerolab.view.gl import find_opengl
 from zerolab.view.scene import Scene, compare, draw_lines, fit_camera
 from zerolab.view.sheet import to_uint8
 from PIL import Image
 
-opengl = pytest.mark.skipif(not find_opengl(), reason="no OpenGL here: apt-get install libosmesa6")
 SIZE = (120, 160)
 BACKENDS = [pytest.param("pyvista", marks=opengl), "cpu"]
 

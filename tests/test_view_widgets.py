@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from chromium import need_opengl
+from chromium import need_opengl, opengl
 from zerolab.render.splats import render_splats
 from zerolab.scene.cameras import orbit
 from zerolab.scene.gaussians import Gaussians, rgb_to_sh, save_ply
 from zerolab.shapes.zeroverse import PAPER, make_shape
 from zerolab.view import widgets as module
-from zerolab.view.gl import ensure_gl, find_opengl
+from zerolab.view.gl import ensure_gl
 from zerolab.view.widgets import Still, View, as_subject, view
 
-RENDERERS = ["cpu", pytest.param("vtk", marks=pytest.mark.skipif(not find_opengl(), reason="no OpenGL here: apt-get install libosmesa6"))]
+RENDERERS = ["cpu", pytest.param("vtk", marks=opengl)]
 
 
 def cloud(count=300, seed=0, degree=1):
