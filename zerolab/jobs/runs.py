@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEPTH', 'COLUMNS', 'TEXT', 'DOCUMENT', 'LARGEST', 'VERSION', 'HELD', 'CHUNK', 'SMALL', 'MANY', 'GRACE', 'KINDS',
            'runs_folder', 'find_runs', 'read_run', 'read_series', 'Survey', 'compact', 'query', 'rows', 'table',
-           'curves', 'series']
+           'curves', 'series', 'mean_curves', 'plot_metric']
 
 # %% ../../nbs/jobs/03e_runs.ipynb #7c472e53
 import datetime, hashlib, json, math, os, time
@@ -143,6 +143,7 @@ def _standing(folder:Path, state:dict, problem:str) -> tuple[dict, str]: # run.j
     "How a run stands."
     if state.get("status") == "done": return state, ""
     if problem and not problem.endswith("missing"): return {"status": "broken"}, problem
+    if not problem and not isinstance(state.get("status"), str): return state | {"status": "broken"}, "run.json has no status"
     try: return state_of(folder), ""
     except OSError as error: return state, f"whether it runs cannot be told: {error.strerror}"
     except (KeyError, TypeError, AttributeError, ValueError): return state | {"status": "broken"}, "run.json or attempts/ lack what a run writes there"
@@ -156,6 +157,7 @@ def read_run(
     folder = Path(folder)
     (spec, no_spec), (raw, no_state), (metrics, no_metrics) = (_document(folder/file) for file in ("spec.json", "run.json", "metrics.json"))
     state, no_standing = _standing(folder, raw, no_state)
+    if not no_spec and not isinstance(spec.get("params"), dict): no_spec = "spec.json has no params"
     problems = [no_spec, no_standing, "" if no_metrics.endswith("missing") else no_metrics]
     machine, (artifacts, size) = _object(state.get("machine")), _artifacts(folder)
     words = {name: _word(state.get(name)) for name in ("status", "cause", "error", "engine", "job", "gpus")}
@@ -353,7 +355,9 @@ def _opened(root) -> Iterator[tuple[Any, Survey]]:
         for setting in ("enable_external_access", "python_enable_replacements"): database.execute(f"SET {setting} = false")
         database.execute("SET lock_configuration = true")
         yield database, survey
-    except duckdb.Error as error: raise JobError(f"run table: {str(error).strip().splitlines()[0]}") from error
+    except duckdb.Error as error:
+        said = " ".join(str(error).split("\nLINE ")[0].split())
+        raise JobError(f"run table: {said if len(said) < 400 else said[:397] + '...'}") from None
     finally: database.close()
 
 KINDS = {"BOOLEAN": "BOOLEAN", "VARCHAR": "VARCHAR", "BIGINT": "BIGINT", "UBIGINT": "BIGINT", "DOUBLE": "DOUBLE", "ARRAY": "JSON", "OBJECT": "JSON"}
@@ -461,3 +465,71 @@ def _series(root, metric:str, where:str, columns:str, read):
         folders = [row[0] for row in _ask(database, f"SELECT folder FROM runs WHERE ({where})").fetchall()]
         _load_series(database, survey.only(folders), metric)
         return read(_ask(database, f"SELECT {columns} FROM series ORDER BY folder, step"))
+
+# %% ../../nbs/jobs/03e_runs.ipynb #bb5e4cb1
+def mean_curves(
+    root:str|Path|None,       # a folder of runs; None: runs/ of the project
+    metric:str,               # as the notebooks logged it
+    where:str="true",         # SQL condition on `runs`
+    by:list[str]|None=None,   # SQL over `runs`: what tells groups apart; by default every parameter that differs, but `seed`
+    *,
+    confidence:float=0.95,    # of the interval
+) -> dict[tuple, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]: # values of `by` to steps, means, half widths (NaN for one run), numbers of runs
+    "A metric of groups of runs: its mean and confidence interval at each step."
+    from scipy.special import stdtrit
+    if not 0 < confidence < 1: raise JobError(f"confidence is {confidence}: give a number between 0 and 1")
+    with _opened(root) as (database, survey):
+        _load_series(database, survey.only(row[0] for row in _ask(database, f"SELECT folder FROM runs WHERE ({where})").fetchall()), metric)
+        if by is None: by = _differing(database)
+        groups = "".join(f"{expression} AS g{k}, " for k, expression in enumerate(by))
+        found = _ask(database, f"""SELECT {groups} step, avg(value) AS mean, stddev_samp(value) AS deviation, count(*) AS n
+            FROM series JOIN runs USING (folder) GROUP BY ALL ORDER BY ALL""").fetchall()
+    curves = {}
+    for row in found: curves.setdefault(row[:-4], []).append(row[-4:])
+    def columns(points):
+        step, mean, deviation, n = np.array([[math.nan if value is None else value for value in point] for point in points]).T
+        return step, mean, stdtrit(np.maximum(n - 1, 1), (1 + confidence) / 2) * deviation / np.sqrt(n), n.astype(int)
+    return {group: columns(points) for group, points in curves.items()}
+
+def _differing(database) -> list[str]:
+    "Parameters that differ between the runs that logged the series, but for the seed."
+    names = [f"params.{_name(field)}" for field in _fields(database, "params") if field.lower() != "seed"]
+    if not names: return []
+    counts = ", ".join(f"count(DISTINCT {name}) + (count({name}) BETWEEN 1 AND count(*) - 1)::INTEGER" for name in names)
+    found = _ask(database, f"SELECT {counts} FROM runs WHERE folder IN (SELECT folder FROM series)").fetchone()
+    return [name for name, count in zip(names, found) if count > 1]
+
+# %% ../../nbs/jobs/03e_runs.ipynb #f4a0ff66
+def plot_metric(
+    root:str|Path|None,       # a folder of runs; None: runs/ of the project
+    metric:str,               # as the notebooks logged it
+    where:str="true",         # SQL condition on `runs`
+    by:list[str]|None=None,   # SQL over `runs`: a line for each value; by default every parameter that differs, but `seed`
+    *,
+    confidence:float=0.95,    # of the interval that is shaded
+    log:bool=False,           # logarithmic y
+    axes=None,                # matplotlib axes; new ones if None
+):
+    "A metric against the step, mean and confidence interval over seeds; returns the matplotlib axes."
+    import matplotlib.pyplot as plt
+    from zerolab.view.sheet import OKABE_ITO
+    found = mean_curves(root, metric, where, by, confidence=confidence)
+    if not found: raise JobError(f"no run logged {metric!r}" + ("" if where == "true" else f" of those with {where}"))
+    if len(found) > 24: raise JobError(f"{len(found)} lines are too many to tell apart: choose what they differ in with `by`, or fewer runs with `where`")
+    if axes is None: axes = plt.subplots()[1]
+    for k, (group, (steps, means, halves, numbers)) in enumerate(found.items()):
+        label = ", ".join(_spoken(value) for value in group) + f" ({numbers.max()})"
+        line = axes.plot(steps, means, ("-", "--", ":")[k // 8], color=OKABE_ITO[k % 8], label=label, marker="." if len(steps) == 1 else None)[0]
+        if len(steps) == 1: axes.errorbar(steps, means, halves, color=line.get_color(), capsize=3)
+        else: axes.fill_between(steps, means - halves, means + halves, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="step", ylabel=metric)
+    if log: axes.set_yscale("log")
+    if len(found) > 1: axes.legend(title=", ".join(_plain_name(name) for name in by) + " (runs)" if by else None, fontsize=8)
+    return axes
+
+def _plain_name(expression:str) -> str: return expression.removeprefix("params.").strip('"')
+
+def _spoken(value) -> str:
+    "A value in a few letters."
+    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 24 else text[:21] + "..."
