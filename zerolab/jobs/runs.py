@@ -217,8 +217,9 @@ class Survey:
 
     def only(self, names) -> "Survey":
         "The same for some runs."
-        return Survey({name: self.kept[name] for name in names if name in self.kept},
-                      {name: self.fresh[name] for name in names if name in self.fresh}, self.parts)
+        names = set(names)
+        return Survey({name: part for name, part in self.kept.items() if name in names},
+                      {name: place for name, place in self.fresh.items() if name in names}, self.parts)
 
     def count(self) -> dict[Path, int]:
         "How many rows of each file count."
