@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['JobError', 'Parameter', 'notebook_parameters', 'check_parameters', 'parse_value', 'record', 'log_metrics',
            'checkpoint_dir', 'artifact', 'commit_of', 'diff_of', 'environment_hash', 'surroundings', 'find_notebook',
-           'read_notebook', 'claim_folder', 'Tee', 'code_hash', 'run_id', 'Limits', 'Request', 'requests',
-           'write_request', 'origin_of', 'Watch', 'gpu_memory', 'RunResult', 'RunInterrupted', 'execute_run',
-           'deferred_stop', 'run_notebook']
+           'without_grammar', 'read_notebook', 'claim_folder', 'Tee', 'code_hash', 'run_id', 'Limits', 'Request',
+           'requests', 'write_request', 'origin_of', 'Watch', 'gpu_memory', 'RunResult', 'RunInterrupted',
+           'execute_run', 'deferred_stop', 'run_notebook']
 
 # %% ../../nbs/jobs/02_run.ipynb #9d551d7c
 import ast, datetime, difflib, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
@@ -200,6 +200,10 @@ def find_notebook(
 def _experiments() -> Path:
     try: return root()/"nbs"/"experiments"
     except FileNotFoundError: return Path("nbs/experiments")
+
+def without_grammar() -> None:
+    "Let `jsonschema` do without checks of internationalised addresses in this process."
+    sys.modules.setdefault("rfc3987_syntax", None)
 
 def read_notebook(path:Path): # a notebook node, with the metadata that papermill expects
     "Read a notebook, or say in one line why not."
