@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from sweeping import FATES, REPOSITORY, Marked, check_fates, command, plan_fates, wait_until, write_notebook
+from zerolab.jobs.run import commit_of, surroundings
 from zerolab.jobs.sweep import plan_sweep, run_sweep
 from zerolab.scene.paths import read_json, write_json
 
@@ -29,9 +30,10 @@ needs_slurm = pytest.mark.skipif(not all(map(shutil.which, ("slurmctld", "slurmd
 
 
 def keep(**measured):
-    "Add to the results on disk."
-    write_json(RESULTS, (read_json(RESULTS) if RESULTS.exists() else {}) | {
-        name: {"when": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), **values} for name, values in measured.items()})
+    "Add to the results on disk, with what they were measured on."
+    machine = {name: value for name, value in surroundings()["machine"].items() if name != "name"}
+    about = {"when": time.strftime("%Y-%m-%d"), **commit_of(REPOSITORY), **machine, "load": round(os.getloadavg()[1], 1)}
+    write_json(RESULTS, (read_json(RESULTS) if RESULTS.exists() else {}) | {name: about | values for name, values in measured.items()})
 
 
 def fates_on(launcher, tmp_path, retries=1):
@@ -74,23 +76,30 @@ def test_fates_on_ray(tmp_path, ray_here, monkeypatch):
     assert not marked.gone(40)
 
 
+def start_ray_node(log, *words):
+    """A node of a cluster, once it is up. Ray gives a node 30 seconds, and its agent 15 of them, which a busy machine may need more often than once."""
+    command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--num-cpus=2", "--block", "--disable-usage-stats", *words]
+    for _ in range(3):
+        with open(log, "wb") as file: node = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        wait_until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, 240)
+        if node.poll() is None: return node
+    raise AssertionError(f"no node after three tries: {log.read_text()[-500:]}")
+
+
 @needs_ray
 def test_a_ray_node_that_dies_gives_its_runs_to_the_other(tmp_path, ray_here, monkeypatch):
     from zerolab.jobs.ray import RayCluster
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    start = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--num-cpus=2", "--block", "--disable-usage-stats"]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    head = subprocess.Popen([*start, "--head", f"--port={port}", "--node-ip-address=127.0.0.2", "--include-dashboard=false"], **quiet)
-    nodes = [head]
+    nodes = []
     try:
-        wait_until(lambda: socket.socket().connect_ex(("127.0.0.2", port)) == 0, 90)
-        nodes.append(subprocess.Popen([*start, f"--address=127.0.0.2:{port}", "--node-ip-address=127.0.0.3"], **quiet))
+        nodes.append(start_ray_node(tmp_path / "head.log", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"))
+        nodes.append(start_ray_node(tmp_path / "second.log", f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2"))
         notebook = write_notebook(tmp_path / "nap.ipynb", "import time\ntime.sleep(4)", parameters="x = 0")
         plan = plan_sweep(notebook, [{"x": x} for x in range(10)], runs=tmp_path / "runs")
-        with RayCluster(4, address=f"127.0.0.2:{port}") as launcher:
-            wait_until(lambda: len([node for node in launcher.ray.nodes() if node["Alive"]]) == 2, 90)
+        with RayCluster(4, address=f"127.0.0.1:{port}") as launcher:
+            wait_until(lambda: len([node for node in launcher.ray.nodes() if node["Alive"]]) == 2, 180)
             killed = []
             def say(line):
                 print(line)
