@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sweeping import FATES, REPOSITORY, Marked, check_fates, command, plan_fates, wait_until, write_notebook
+from sweeping import FATES, FaultySweep, Marked, check_fates, command, plan_fates, wait_until, write_notebook
 from zerolab.jobs import cli
 from zerolab.jobs.fleet import Local
 from zerolab.jobs.folder import attempt_files, cancel, state_of, take_run
-from zerolab.jobs.run import JobError, Limits, notebook_parameters, requests, write_request
+from zerolab.jobs.run import JobError, Limits, requests, write_request
 from zerolab.jobs.sweep import Span, missing, plan_sweep, random_points, read_points, run_sweep
 
 
@@ -71,6 +71,13 @@ def test_two_drivers_share_a_sweep_and_one_is_killed(tmp_path, monkeypatch):
     third = command(*sweep_of_six(tmp_path))
     said = third.communicate(timeout=60)[0]
     assert third.returncode == 0 and said.count("6 done") == 2, said
+    assert not marked.gone()
+
+
+def test_four_of_twelve_go_wrong_and_the_driver_is_killed(tmp_path, monkeypatch):
+    """Two hundred, and five kills: test_jobs_engines.py."""
+    marked = Marked(monkeypatch)
+    with FaultySweep(tmp_path, 12, seconds=0.2, hang=4) as sweep: sweep.check(sweep.run(kill_at=[4]))
     assert not marked.gone()
 
 
@@ -214,17 +221,6 @@ def test_bad_sweeps_are_one_line(tmp_path, monkeypatch, capsys, arguments, said)
     err = capsys.readouterr().err
     assert said in err and err.startswith("zerolab: ") and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_every_experiment_can_be_swept():
-    """The contract of a notebook in nbs/experiments: a parameters cell with literal defaults, so that its points have an identity."""
-    experiments = sorted((REPOSITORY / "nbs/experiments").glob("*.ipynb"))
-    assert len(experiments) >= 5
-    for path in experiments:
-        (request,) = requests(path, [{}])
-        assert request.params, f"{path.name} has no cell tagged parameters"
-        json.dumps(request.params)
-        assert all(parameter.kind for parameter in notebook_parameters(request.book).values()), f"{path.name}: a default is no literal"
 
 
 def test_points_from_every_kind_of_file(tmp_path):
