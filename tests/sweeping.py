@@ -182,10 +182,10 @@ class FaultySweep:
         assert driver.returncode == 1 and f"{self.count - len(FAULTS)} done" in said.splitlines()[-1], said
         return self.plan.states()
 
-    def check(self, states):
+    def check(self, states, kills=True):
         "The four say what happened, the others ran to their end exactly once. Returns how many were cut by a kill and made again."
         for fault, place in self.places.items(): assert (states[place]["status"], states[place]["cause"]) == FAULTS[fault], states[place]
-        assert states[self.places["killed"]]["attempt"] >= 2, "it may have been the machine: one more try"
+        assert states[self.places["killed"]]["attempt"] >= (1 if kills else 2), "it may have been the machine: one more try, unless its driver is gone"
         others = [state for k, state in enumerate(states) if k not in self.places.values()]
         assert {state["status"] for state in others} == {"done"}
         cut = [earlier["status"] for state in others for earlier in state["earlier"]]

@@ -33,7 +33,7 @@ del kernel
 gc.freeze()
 gc.enable()
 IPKernelApp.instance().start()
-IPKernelApp.instance().control_thread.join()"""
+IPKernelApp.instance().control_thread.join(5)"""
 
 class LocalKernel(AsyncKernelManager):
     "A kernel that runs the caller's own Python and listens on sockets in a private folder."
