@@ -26,11 +26,11 @@ def command(*arguments, **options):
     return subprocess.Popen([*CLI, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True, **options)
 
 
-def wait_until(true, seconds=60):
+def wait_until(true, seconds=60, pause=0.05):
     deadline = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.05)
+        time.sleep(pause)
     return value
 
 
@@ -128,3 +128,69 @@ def check_fates(plan, fates, states):
         if ENDS[fate][0] == "done" and fate != "exits early": assert metrics[fate]["finished"] is True, fate
     if "preempted once" in fates:
         assert (metrics["preempted once"]["start"], metrics["preempted once"]["end"]) == (7, 20), "it goes on from its checkpoint"
+
+
+# Four notebooks among many go wrong, for good: how each has to end.
+FAULTS = {"raises": ("failed", "cell"), "killed": ("died", "killed"), "hangs": ("hung", ""), "fills its disk": ("failed", "disk")}
+FAULTY = """import os, resource, time
+from zerolab.jobs.run import artifact
+fault = faults.get(str(x))
+if fault == "raises": 1 / 0
+if fault == "killed": os.kill(os.getpid(), 9)
+if fault == "hangs": time.sleep(3600)
+if fault == "fills its disk":
+    if not os.path.ismount(os.environ["ZEROLAB_RUN_DIR"]): resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    with open(artifact("big"), "wb", buffering=0) as file:
+        while True: file.write(bytes(1 << 12))
+time.sleep(seconds)
+with open(folder + "/finished", "a") as file: file.write(f"{x}\\n")"""
+
+
+class FaultySweep:
+    """A sweep of `count` notebooks, four of which go wrong; the disk of one is a file system of 300 kB where this user may mount one."""
+    def __init__(self, folder, count, seconds, hang):
+        from zerolab.jobs.sweep import plan_sweep
+        self.folder, self.count = folder, count
+        faults = {str((2 * k + 1) * count // 8): fault for k, fault in enumerate(FAULTS)}
+        notebook = write_notebook(folder / "many.ipynb", FAULTY, parameters="x = 0\nseconds = 0.0\nfolder = ''\nfaults = {}")
+        common = {"seconds": float(seconds), "folder": str(folder), "faults": faults}
+        self.plan = plan_sweep(notebook, [{"x": x, **common} for x in range(count)], runs=folder / "runs")
+        self.places = {fault: int(x) for x, fault in faults.items()}
+        (folder / "points.json").write_text(json.dumps([{"x": x} for x in range(count)]))
+        self.command = ["sweep", notebook, "--points", folder / "points.json", "-p", "seconds", seconds, "-p", "folder", folder,
+                        "-p", "faults", json.dumps(faults), "--runs", folder / "runs", "--workers", 2, "--retries", 1, "--hang", hang]
+        self.small = self.plan.folders[self.places["fills its disk"]]
+        self.small.mkdir(parents=True)
+        self.mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", self.small], capture_output=True).returncode == 0
+
+    def __enter__(self): return self
+
+    def __exit__(self, *error):
+        if self.mounted: subprocess.run(["umount", "--lazy", self.small], check=True)
+
+    def ended(self): return sum(path.exists() and '"ended"' in path.read_text() for path in (run / "run.json" for run in self.plan.folders))
+
+    def run(self, kill_at, patience=1200):
+        "Start drivers and kill each with -9 when so many runs have ended; the last one has to finish. Returns how all runs stand."
+        for number in kill_at:
+            driver = command(*self.command)
+            wait_until(lambda: self.ended() >= number, patience, 0.3)
+            driver.kill()
+            driver.communicate()
+        driver = command(*self.command)
+        said = driver.communicate(timeout=patience)[0]
+        assert driver.returncode == 1 and f"{self.count - len(FAULTS)} done" in said.splitlines()[-1], said
+        return self.plan.states()
+
+    def check(self, states, kills=True):
+        "The four say what happened, the others ran to their end exactly once. Returns how many were cut by a kill and made again."
+        for fault, place in self.places.items(): assert (states[place]["status"], states[place]["cause"]) == FAULTS[fault], states[place]
+        assert states[self.places["killed"]]["attempt"] >= (1 if kills else 2), "it may have been the machine: one more try, unless its driver is gone"
+        others = [state for k, state in enumerate(states) if k not in self.places.values()]
+        assert {state["status"] for state in others} == {"done"}
+        cut = [earlier["status"] for state in others for earlier in state["earlier"]]
+        assert set(cut) <= {"lost", "preempted"}, cut
+        lines = (self.folder / "finished").read_text().split()
+        assert set(map(int, lines)) == set(range(self.count)) - set(self.places.values())
+        assert len(lines) - len(others) <= len(cut), "one that was cut may have been killed between its last line and its last word"
+        return len(cut)

@@ -121,6 +121,12 @@ def test_a_dead_kernel_is_no_failing_cell_and_takes_its_children_along(tmp_path)
     whole_files(tmp_path / "run")
 
 
+def test_a_notebook_that_leaves_its_kernel_has_died(tmp_path):
+    """`exit()` ends IPython's loop from within a cell: the next cell has no kernel, and nothing waits for it for long."""
+    result = run_notebook(write_notebook(tmp_path / "leaves.ipynb", "exit()", "import time; time.sleep(1)", "print('never')"), out=tmp_path / "run", echo=False)
+    assert (result.status, result.cell) == ("died", 2) and result.seconds < 60
+
+
 @pytest.mark.parametrize("number, code, status", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "preempted")])
 def test_an_interrupted_run_lets_the_cell_save_and_leaves_no_kernel(tmp_path, number, code, status):
     notebook = write_notebook(

@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sweeping import FATES, REPOSITORY, Marked, check_fates, command, plan_fates, wait_until, write_notebook
+from sweeping import FATES, FaultySweep, Marked, check_fates, command, plan_fates, wait_until, write_notebook
 from zerolab.jobs import cli
 from zerolab.jobs.fleet import Local
 from zerolab.jobs.folder import attempt_files, cancel, state_of, take_run
-from zerolab.jobs.run import JobError, Limits, notebook_parameters, requests, write_request
+from zerolab.jobs.run import JobError, Limits, requests, write_request
 from zerolab.jobs.sweep import Span, missing, plan_sweep, random_points, read_points, run_sweep
 
 
@@ -74,6 +74,13 @@ def test_two_drivers_share_a_sweep_and_one_is_killed(tmp_path, monkeypatch):
     assert not marked.gone()
 
 
+def test_four_of_twelve_go_wrong_and_the_driver_is_killed(tmp_path, monkeypatch):
+    """Two hundred, and five kills: test_jobs_engines.py."""
+    marked = Marked(monkeypatch)
+    with FaultySweep(tmp_path, 12, seconds=0.2, hang=4) as sweep: sweep.check(sweep.run(kill_at=[4]))
+    assert not marked.gone()
+
+
 def test_ctrl_c_stops_a_sweep_and_leaves_nothing(tmp_path, monkeypatch):
     marked = Marked(monkeypatch)
     notebook = write_notebook(tmp_path / "long.ipynb", "import time\ntime.sleep(600)", parameters="x = 0")
@@ -100,22 +107,60 @@ def test_a_nursery_that_is_killed_is_replaced(tmp_path):
     assert killed and [state["status"] for state in states] == ["done"] * 4
 
 
-def test_hostile_parameters_are_data(tmp_path, launcher):
-    hostile = ["__import__('os').system('touch PWNED')", "'; open('PWNED', 'w') #", '"""\n\\', "../../etc", "\0\x1b[31m", "{{x}} $(touch PWNED) `id`",
-               "ä\u202e𝕏\ud7ff"]
-    notebook = write_notebook(tmp_path / "echo.ipynb", "import hashlib, json\nfrom zerolab.jobs.run import record\n"
-                              "_ = record(digest=hashlib.sha256(json.dumps([name, names]).encode()).hexdigest())", parameters="name = ''\nnames = []")
-    points = [{"name": "x" * 10_000_000}, {"name": hostile[0], "names": hostile}, {"name": hostile[4], "names": hostile}]
-    plan, said = plan_sweep(notebook, points, runs=tmp_path / "runs"), []
-    states = run_sweep(plan, launcher, say=said.append)
-    assert [state["status"] for state in states] == ["done"] * 3
+HOSTILE = ["__import__('os').system('touch PWNED')", "'; open('PWNED', 'w') #", '"""\n\\', "../../etc", "\0\x1b[31m", "{{x}} $(touch PWNED) `id`",
+           "ä\u202e𝕏\ud7ff", "<script>alert(1)</script><img src=x onerror=alert(1)>", "\r\n]]>'\"; DROP TABLE runs; --", "/" * 300]
+ECHO = ("import hashlib, json\nfrom zerolab.jobs.run import record\nprint(name[:1000])\n"
+        "_ = record(digest=hashlib.sha256(json.dumps([name, names]).encode()).hexdigest())")
+
+
+def check_echo(tmp_path, plan, points, stem):
+    "Each value arrived as it was, nothing was executed, and every file lies where it belongs."
     for point, folder in zip(points, plan.folders):
         digest = hashlib.sha256(json.dumps([point["name"], point.get("names", [])]).encode()).hexdigest()
         assert json.loads((folder / "metrics.json").read_text())["digest"] == digest
         assert json.loads((folder / "spec.json").read_text())["params"]["name"] == point["name"]
-        assert folder.parent == tmp_path / "runs/echo" and folder.name.isalnum()
+        assert folder.parent == tmp_path / "runs" / stem and folder.name.isalnum()
+        report = (folder / "report.html").read_text()
+        assert "<script>alert" not in report and "<img src=x" not in report and len(report) < 200_000
+        names = {"attempts", "heartbeat", "in.ipynb", "log.txt", "metrics.json", "out.ipynb", "report.html", "run.json", "spec.json"}
+        assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {stem}
+    assert {path.name for path in (tmp_path / "runs" / stem).iterdir()} == {folder.name for folder in plan.folders} | {"sweeps"}
+    assert [path.name for path in (tmp_path / "runs" / stem / "sweeps").iterdir()] == [f"{plan.id}.json"]
     assert not list(tmp_path.rglob("PWNED")) and not os.path.exists("PWNED")
+
+
+def test_hostile_parameters_are_data(tmp_path, launcher):
+    """In a sweep from Python, and in a notebook whose own name is hostile."""
+    stem = "a b'; touch PWNED; $(touch PWNED) <script>"
+    notebook = write_notebook(tmp_path / f"{stem}.ipynb", ECHO, parameters="name = ''\nnames = []")
+    points = [{"name": "x" * 10_000_000}, {"name": HOSTILE[0], "names": HOSTILE}, {"name": HOSTILE[4], "names": HOSTILE}]
+    plan, said = plan_sweep(notebook, points, runs=tmp_path / "runs"), []
+    states = run_sweep(plan, launcher, say=said.append)
+    assert [state["status"] for state in states] == ["done"] * 3
+    check_echo(tmp_path, plan, points, stem)
     assert all(len(line) < 200 and line.isprintable() for line in said), "what a terminal shows is short and harmless"
+
+
+def test_hostile_points_from_the_command_line_are_data(tmp_path, launcher, monkeypatch, capsys):
+    """The same from a file of points and from the words of a command; names of parameters are checked before anything is made of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_launcher", lambda options: launcher)
+    monkeypatch.setattr(launcher, "close", lambda: None)
+    notebook = write_notebook(tmp_path / "echo.ipynb", ECHO, parameters="name = ''\nnames = []")
+    points = [{"name": name, "names": []} for name in HOSTILE]
+    (tmp_path / "points.json").write_text(json.dumps(points))
+    sweep = ["sweep", str(notebook), "--points", str(tmp_path / "points.json"), "--runs", str(tmp_path / "runs")]
+    assert cli.main([*sweep, "--dry-run"]) == 0 and cli.main(sweep) == 0
+    said = capsys.readouterr().out
+    assert all(line.isprintable() and len(line) < 300 for line in said.splitlines()) and f"{len(points)} done" in said
+    check_echo(tmp_path, plan_sweep(notebook, points, runs=tmp_path / "runs"), points, "echo")
+    for bad in ("__import__('os').system('touch PWNED')", "../../name", "name\n", "x" * 10_000):
+        assert cli.main(["sweep", str(notebook), "-p", bad, "1", "--runs", str(tmp_path / "other")]) == 2
+        assert cli.main(["sweep", str(notebook), "-g", f"{bad}=1,2", "--runs", str(tmp_path / "other")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 2 and len(error) < 1000 and error.replace("\n", "").isprintable()
+    assert not (tmp_path / "other").exists() and not list(tmp_path.rglob("PWNED"))
 
 
 def test_fractions_of_cards_are_shared_and_come_back(tmp_path, monkeypatch):
@@ -214,17 +259,6 @@ def test_bad_sweeps_are_one_line(tmp_path, monkeypatch, capsys, arguments, said)
     err = capsys.readouterr().err
     assert said in err and err.startswith("zerolab: ") and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_every_experiment_can_be_swept():
-    """The contract of a notebook in nbs/experiments: a parameters cell with literal defaults, so that its points have an identity."""
-    experiments = sorted((REPOSITORY / "nbs/experiments").glob("*.ipynb"))
-    assert len(experiments) >= 5
-    for path in experiments:
-        (request,) = requests(path, [{}])
-        assert request.params, f"{path.name} has no cell tagged parameters"
-        json.dumps(request.params)
-        assert all(parameter.kind for parameter in notebook_parameters(request.book).values()), f"{path.name}: a default is no literal"
 
 
 def test_points_from_every_kind_of_file(tmp_path):

@@ -556,6 +556,8 @@ def main(
     argv:list[str]|None=None, # arguments, by default those of this process
 ) -> int: # exit code
     "The command `zerolab`."
+    from zerolab.jobs.run import without_grammar
+    without_grammar()
     options = _parser().parse_args(argv)
     with _sigterm_like_ctrl_c() as terminated:
         try: return options.command(options)

@@ -26,6 +26,9 @@ class Launcher(Protocol):
     def poll(self) -> list[Path]:
         "Folders whose workers have gone since the last call, for good or bad."
 
+    def wait(self, seconds:float) -> None:
+        "Come back when `poll` may have something to say, or when the time is over."
+
     def cancel(self, folder:Path) -> None:
         "Have a run stopped. Its worker writes how it ended."
 
@@ -58,6 +61,7 @@ class Local:
         self.capacity, self.nursery, self.heard = workers, None, b""
         self.running: dict[Path, int|None] = {}   # folder: process number, once known
         self.orphans: set[Path] = set()           # of a nursery that died: their folders say when they have ended
+        self._start()                             # it imports while the caller gets ready
 
     def submit(self, folder:Path, number:int):
         "Fork a worker."
@@ -92,6 +96,11 @@ class Local:
             self.running.pop(folder, None)
             self.orphans.discard(folder)
         return gone
+
+    def wait(self, seconds:float):
+        "Until the nursery says something."
+        if self.nursery: select.select([self.nursery.stdout], [], [], seconds)
+        else: time.sleep(seconds)
 
     def cancel(self, folder:Path):
         "Have a run stopped."
@@ -129,7 +138,7 @@ def _close(launcher:Local, patience:float):
         for pid in [pid for pid in launcher.running.values() if pid]: _signal(pid, number)
         number = 0
         while launcher.running and time.monotonic() < deadline:
-            time.sleep(0.05)
+            launcher.wait(0.05)
             launcher.poll()
         if launcher.running: number, deadline = signal.SIGKILL, time.monotonic() + 5
         if time.monotonic() > deadline: break

@@ -20,13 +20,20 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 
 # %% ../../nbs/jobs/00_kernel.ipynb #35b4a28e
-START = """import signal, sys
+START = """import gc, signal, sys
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2): signal.signal(number, lambda *_: None)
 if sys.path[0] == "": del sys.path[0]  # else a file random.py beside the notebook would be imported by Jupyter; IPython puts it back
-from ipykernel import kernelapp
-kernelapp.launch_new_instance()"""
+gc.disable()
+from ipykernel.kernelapp import IPKernelApp
+kernel = IPKernelApp.instance()
+kernel.initialize()
+del kernel
+gc.freeze()
+gc.enable()
+IPKernelApp.instance().start()
+IPKernelApp.instance().control_thread.join(5)"""
 
 class LocalKernel(AsyncKernelManager):
     "A kernel that runs the caller's own Python and listens on sockets in a private folder."
@@ -36,20 +43,36 @@ class LocalKernel(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        command = [sys.executable, "-c", START, "-f", "{connection_file}"]
+        command = [sys.executable, "-c", START, "-f", "{connection_file}", "--HistoryManager.enabled=False"]
         return KernelSpec(argv=command, display_name="zerolab", language="python")
 
     async def end(self, now:bool=False): # kill at once instead of asking first
         "Shut the kernel down, and with it every process of its group."
         group = getattr(self.provisioner, "pgid", None)
         try:
-            if self.has_kernel: await self.shutdown_kernel(now=now)
+            if self.has_kernel: await self.shutdown_kernel(now=now or await self._left())
             await self.cleanup_resources()
         finally:
             if group:
                 try: os.killpg(group, signal.SIGKILL)
                 except ProcessLookupError: pass
             self._folder.cleanup()
+
+    async def _left(self, patience:float=5.) -> bool:
+        "Ask the kernel to go and wait for its last moment. Jupyter looks every tenth of a second; Linux tells."
+        if not hasattr(os, "pidfd_open"): return False
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        try: process = os.pidfd_open(self.provisioner.pid)
+        except OSError: return False
+        loop.add_reader(process, ended.set)
+        try:
+            await self.request_shutdown()
+            await asyncio.wait_for(ended.wait(), patience)
+            return True
+        except asyncio.TimeoutError: return False
+        finally:
+            loop.remove_reader(process)
+            os.close(process)
 
 # %% ../../nbs/jobs/00_kernel.ipynb #4a9216fd
 TOKEN = "ZEROLAB_RUN_TOKEN"

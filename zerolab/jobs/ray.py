@@ -76,6 +76,11 @@ class RayCluster:
             gone.append(folder)
         return gone
 
+    def wait(self, seconds:float):
+        "Until a task has ended."
+        if self.running: self.ray.wait(list(self.running), num_returns=1, timeout=seconds)
+        else: time.sleep(seconds)
+
     def cancel(self, folder:Path):
         "Have a run stopped."
         cancel(folder)

@@ -78,6 +78,10 @@ class Slurm:
         for folder in gone: del self.jobs[folder]
         return gone
 
+    def wait(self, seconds:float):
+        "The queue has to be asked: there is nothing to wait for but the time."
+        time.sleep(seconds)
+
     def cancel(self, folder:Path):
         "Have a run stopped; one that has not started is taken off the queue."
         cancel(folder)

@@ -274,12 +274,9 @@ def run_sweep(
     sweep = Sweep(plan, launcher, retries, pause, max_fail, say)
     sweep.todo = [(0., k, states[k]["attempt"]) for k in todo]
     sweep.elsewhere = [k for k, state in enumerate(states) if state["status"] == "running"] if limit is None else []
-    slept = 0.
     while sweep.running or sweep.elsewhere or sweep.todo:
-        before = len(sweep.ended)
         sweep.start()
         if sweep.todo and not sweep.running and max_fail is not None and sweep.failed > max_fail: break
+        launcher.wait(0.25)
         sweep.collect()
-        slept = 0.02 if len(sweep.ended) > before else min(2 * slept + 0.005, 0.25)
-        time.sleep(slept)
     return plan.states()

@@ -51,7 +51,7 @@ def work(
 def nursery() -> None:
     "Fork a worker for each line of standard input."
     import papermill.parameterize, zerolab.jobs.gpus, zerolab.jobs.kernel, zerolab.jobs.report, zerolab.jobs.run  # noqa: E401, F401
-    import mistune, nbconvert.filters, nbformat  # noqa: E401, F401
+    import mistune, nbconvert.filters, nbformat, psutil  # noqa: E401, F401
     from zerolab.jobs.run import environment_hash, surroundings
     surroundings(), environment_hash()
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the driver
@@ -113,6 +113,8 @@ def main(
     parser.add_argument("--parent", type=int, help="process whose end ends this one")
     parser.add_argument("--nursery", action="store_true", help="fork a worker for each line of standard input")
     options = parser.parse_args(argv)
+    from zerolab.jobs.run import without_grammar
+    without_grammar()
     if options.parent: die_with_parent(options.parent)
     if options.nursery: return nursery() or 0
     return work(options.folder, options.attempt, options.engine, options.job)
