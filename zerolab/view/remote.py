@@ -855,12 +855,12 @@ def quick_turns(
 ):
     "Inside, threads take turns quickly; afterwards as before, when the last of several is through."
     with _TURNS:
-        _DRAWING.append(sys.getswitchinterval())
+        _DRAWING.append(_DRAWING[0] if _DRAWING else sys.getswitchinterval())    # what it was before any
         sys.setswitchinterval(min(seconds, _DRAWING[0]))
     try: yield
     finally:
         with _TURNS:
-            before = _DRAWING.pop(1 if len(_DRAWING) > 1 else 0)    # the first one is what it was before any
+            before = _DRAWING.pop()
             if not _DRAWING: sys.setswitchinterval(before)
 
 # %% ../../nbs/view/05_remote.ipynb #1e42f83e
