@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'WINDOWS', 'NO_OPENGL', 'load_library', 'screen_answers', 'egl_devices', 'has_graphics_card',
-           'find_opengl', 'ensure_gl', 'gl_info']
+           'find_opengl', 'ensure_gl', 'window_pixels', 'gl_info']
 
 # %% ../../nbs/view/01_gl.ipynb #451a65b1
 import ctypes, os, sys
@@ -70,6 +70,18 @@ def ensure_gl() -> str | None:  # VTK's name for the window that it will open, N
     window = find_opengl()
     if window in ("vtkEGLRenderWindow", "vtkOSOpenGLRenderWindow"): os.environ["VTK_DEFAULT_OPENGL_WINDOW"] = window
     return window
+
+# %% ../../nbs/view/01_gl.ipynb #b5a5c27e
+def window_pixels(
+    window,         # VTK's, drawn; this thread has its OpenGL context
+    front: bool,    # whether to read the front buffer; else the back one
+):                  # uint8 [H,W,3], the upper row first
+    "What is in a window."
+    from vtkmodules.util.numpy_support import vtk_to_numpy
+    from vtkmodules.vtkCommonCore import vtkUnsignedCharArray
+    (width, height), pixels = window.GetSize(), vtkUnsignedCharArray()
+    window.GetPixelData(0, 0, width - 1, height - 1, int(front), pixels, 0)
+    return vtk_to_numpy(pixels).reshape(height, width, 3)[::-1].copy()
 
 # %% ../../nbs/view/01_gl.ipynb #d5839ae0
 def gl_info() -> dict:  # names to text, numbers and truth values

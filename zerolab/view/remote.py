@@ -25,7 +25,7 @@ from PIL import Image
 from ..render.splats import render_splats
 from ..scene.cameras import Cameras, look_at
 from ..scene.gaussians import Gaussians
-from .gl import ensure_gl
+from .gl import ensure_gl, window_pixels
 from .sheet import to_uint8
 
 # %% ../../nbs/view/05_remote.ipynb #c49abcfa
@@ -273,9 +273,7 @@ def draw_plotter(
     through:Cameras|None=None,   # one view to look through; None: the plotter's own camera
 ) -> np.ndarray:                 # uint8 [H,W,3]
     "Draw the scene and read the pixels."
-    from vtkmodules.util.numpy_support import vtk_to_numpy
-    from vtkmodules.vtkCommonCore import vtkUnsignedCharArray
-    (height, width), window, pixels = size, plotter.render_window, vtkUnsignedCharArray()
+    (height, width), window = size, plotter.render_window
     if tuple(window.GetSize()) != (width, height): window.SetSize(width, height)
     if through is not None:
         from zerolab.view.splats import place_camera
@@ -286,8 +284,7 @@ def draw_plotter(
             renderer.camera.SetUseExplicitAspectRatio(False)
             renderer.ResetCameraClippingRange()
     window.Render()
-    window.GetPixelData(0, 0, width - 1, height - 1, 1, pixels, 0)
-    return vtk_to_numpy(pixels).reshape(height, width, 3)[::-1].copy()
+    return window_pixels(window, front=True)
 
 # %% ../../nbs/view/05_remote.ipynb #4da62746
 def subplot_camera(
@@ -855,12 +852,12 @@ def quick_turns(
 ):
     "Inside, threads take turns quickly; afterwards as before, when the last of several is through."
     with _TURNS:
-        _DRAWING.append(sys.getswitchinterval())
+        _DRAWING.append(_DRAWING[0] if _DRAWING else sys.getswitchinterval())    # what it was before any
         sys.setswitchinterval(min(seconds, _DRAWING[0]))
     try: yield
     finally:
         with _TURNS:
-            before = _DRAWING.pop(1 if len(_DRAWING) > 1 else 0)    # the first one is what it was before any
+            before = _DRAWING.pop()
             if not _DRAWING: sys.setswitchinterval(before)
 
 # %% ../../nbs/view/05_remote.ipynb #1e42f83e

@@ -18,7 +18,8 @@ from ..render.splats import render_splats
 from ..scene.cameras import Cameras, orbit
 from ..scene.gaussians import Gaussians, rgb_to_sh
 from ..scene.mesh import Mesh, linear_to_srgb
-from .gl import NO_OPENGL, ensure_gl
+from .gl import NO_OPENGL, ensure_gl, window_pixels
+from .pictures import picture_difference, picture_psnr
 from .sheet import OKABE_ITO, contact_sheet, to_uint8
 from .splats import (SplatActor, SplatSettings, checked_gaussians, choose_gaussians, frustum_corners, normal_colors, place_camera,
                                  read_camera, short_axes)
@@ -283,13 +284,8 @@ def png(
 
 def _read_window(plotter) -> np.ndarray:
     "Draw once and read the pixels, uint8 [H,W,3]."
-    from vtkmodules.util.numpy_support import vtk_to_numpy
-    from vtkmodules.vtkCommonCore import vtkUnsignedCharArray
     plotter.render_window.Render()
-    window, pixels = plotter.render_window, vtkUnsignedCharArray()
-    width, height = window.GetSize()
-    window.GetPixelData(0, 0, width - 1, height - 1, 0, pixels, 0)
-    return vtk_to_numpy(pixels).reshape(height, width, 3)[::-1].copy()
+    return window_pixels(plotter.render_window, front=False)
 
 def _baked(mesh: Mesh) -> np.ndarray:
     "The light of the renderer's default, coarse shadows."
@@ -343,11 +339,11 @@ def _pictures(thing, cameras: Cameras | None, background) -> np.ndarray:
     one = isinstance(thing, Image.Image) or getattr(thing, "ndim", 4) < 4
     return np.stack([to_uint8(picture) for picture in ([thing] if one else thing)])
 
-def _difference(a: np.ndarray, b: np.ndarray, largest: float) -> np.ndarray:
+def _difference_map(a: np.ndarray, b: np.ndarray, largest: float) -> np.ndarray:
     "The mean absolute difference of the channels as a colour, black where there is none, with its scale at the right."
     import matplotlib
     colors = matplotlib.colormaps["inferno"]
-    error = np.abs(a.astype(np.float32) - b).mean(-1) / 255
+    error = np.abs(picture_difference(a, b)).mean(-1)
     ramp = np.linspace(1, 0, error.shape[0])[:, None].repeat(max(4, error.shape[1] // 24), 1)
     gap = np.ones((error.shape[0], 4, 3))
     return to_uint8(np.concatenate([colors(np.clip(error / largest, 0, 1))[..., :3], gap, colors(ramp)[..., :3]], 1))
@@ -369,14 +365,13 @@ def compare(
     first, second = (_pictures(thing, camera, background) for thing in (a, b))
     if first.shape != second.shape:
         raise ValueError(f"compare: pictures of shape {first.shape} and {second.shape} (views, height, width), need the same")
-    error = np.mean((first.astype(np.float64) - second)**2) / 255**2
-    psnr = float(-10 * np.log10(error)) if error else float("inf")
+    psnr = picture_psnr(first, second)
     if mode == "side":
         titles = [title for k in range(len(first)) for title in (names[0], f"{names[1]}: {_view_psnr(first[k], second[k])}")]
         return Comparison(contact_sheet([picture for pair in zip(first, second) for picture in pair], titles, columns=2), psnr)
     titles = [_view_psnr(x, y) for x, y in zip(first, second)]
     if mode == "difference":
-        pictures = [_difference(x, y, largest) for x, y in zip(first, second)]
+        pictures = [_difference_map(x, y, largest) for x, y in zip(first, second)]
         titles = [f"{title}; colours 0 to {largest:g}" for title in titles]
     else:
         border = round(split * first.shape[2])
@@ -387,5 +382,5 @@ def compare(
 
 def _view_psnr(a: np.ndarray, b: np.ndarray) -> str:
     "The PSNR of one view, for a caption."
-    error = np.mean((a.astype(np.float64) - b)**2) / 255**2
-    return f"{-10 * np.log10(error):.1f} dB" if error else "equal"
+    psnr = picture_psnr(a, b)
+    return f"{psnr:.1f} dB" if np.isfinite(psnr) else "equal"
