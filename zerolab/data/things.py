@@ -65,7 +65,7 @@ class ThingSet:
         "float32 [N,4,3,H,W] in [0,1]."
         return self.pictures.float()/255
 
-
+# %% ../../nbs/data/08_things.ipynb #355f9091
 def _render_thing(job, cameras):
     "One thing over white, uint8 [4,3,H,W]; the place in the set draws what its words leave open."
     thing, seed, place = job
@@ -75,7 +75,7 @@ def _render_thing(job, cameras):
 
 
 def render_things(
-    things: Sequence[Thing],
+    things: Sequence[Thing],      # what to draw, [N]
     size: int = 32,               # pixels on a side
     *,
     rig: str = "perspective",     # see `four_cameras`
@@ -91,10 +91,10 @@ def render_things(
     pictures = list(tqdm(pictures, total=len(jobs), disable=not progress, unit="thing"))
     return ThingSet(tuple(things), torch.from_numpy(np.stack(pictures)), cameras)
 
-
+# %% ../../nbs/data/08_things.ipynb #29607175
 def draw_things(
-    count: int,
-    seed: int = 0,
+    count: int,                    # how many
+    seed: int = 0,                 # of the draw
     *,
     held_out: bool | None = None,  # False: without the pairs of shape and colour that are held out, True: these alone, None: all
     one_in: int = 5,               # see `is_held_out`

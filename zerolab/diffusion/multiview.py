@@ -43,7 +43,7 @@ class MultiViewConfig:
         if self.width % self.head_width: raise ValueError(f"MultiViewConfig: width {self.width} is no multiple of head_width {self.head_width}")
 
 # %% ../../nbs/diffusion/02_multiview.ipynb #0a311a0f
-TINY = MultiViewConfig()
+TINY = MultiViewConfig(width=192, patch=8, text_width=64)
 SMALL = MultiViewConfig(size=48, width=256, depth=12)
 BASE = MultiViewConfig(channels=4, width=1152, depth=28, head_width=72, patch=2, text_width=4096, learned_variance=True)
 TINY_UNET = MultiViewConfig("views", width=32, depth=1, head_width=16, levels=(1, 2, 2))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANY_NOISE', 'log_ratios', 'cell_edges', 'ratio_at', 't_at', 'TimestepPolicy', 'even_over_t', 'density_of',
-           'even_like', 'log_normal', 'min_snr_weighting', 'uniform', 'logit_normal', 'ttr', 'supplements',
-           'power_ratio', 'surviving_share', 'high_frequency_ratio']
+           'even_like', 'log_normal', 'min_snr_weighting', 'v_weighting', 'uniform', 'logit_normal', 'ttr',
+           'supplements', 'power_ratio', 'surviving_share', 'high_frequency_ratio']
 
 # %% ../../nbs/diffusion/01_timesteps.ipynb #9c21e340
 import math
@@ -158,9 +158,22 @@ def min_snr_weighting(
 ) -> Tensor:                      # [T]
     "Weights of the squared error of the network's output, so that the picture's counts min(SNR, gamma)."
     if not gamma > 0: raise ValueError(f"min_snr_weighting: gamma is {gamma}, need more than 0")
+    return log_ratios(schedule).mul(-2).exp().clamp(max=gamma)*_slope(schedule)**2
+
+
+def v_weighting(
+    schedule: NoiseSchedule,      # its prediction type matters
+    limit: float = 20.,           # the largest weight, at the lowest noise
+) -> Tensor:                      # [T]
+    "Weights of the squared error of the network's output, so that it counts as an error of v does, up to a limit."
+    if not limit > 0: raise ValueError(f"v_weighting: limit is {limit}, need more than 0")
+    return (_slope(schedule)/schedule.sigmas).square().clamp(max=limit)
+
+
+def _slope(schedule):
+    "How much the picture changes with the network's output [T]."
     ratio = log_ratios(schedule).exp()
-    slope = {"epsilon": ratio, "sample": torch.ones_like(ratio)}.get(schedule.prediction_type, schedule.sigmas)
-    return (ratio**-2).clamp(max=gamma)*slope**2
+    return {"epsilon": ratio, "sample": torch.ones_like(ratio)}.get(schedule.prediction_type, schedule.sigmas)
 
 # %% ../../nbs/diffusion/01_timesteps.ipynb #e619ccdc
 def uniform(
