@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'NORMALS', 'SCALEDREAMER', 'FAST', 'Field', 'volsdf_density', 'ray_weights', 'ray_sphere', 'ray_box',
            'spread', 'widen', 'resample', 'MarchConfig', 'field_gradients', 'field_normals', 'RaySamples',
-           'interval_edges', 'march', 'RayBundle', 'hitting_rays', 'FieldRender', 'field_cameras', 'ray_background',
-           'render_field']
+           'interval_edges', 'march', 'RayBundle', 'keep_rays', 'hitting_rays', 'FieldRender', 'field_cameras',
+           'ray_background', 'render_field']
 
 # %% ../../nbs/distill/01_fields.ipynb #2d7bfeb7
 import math
@@ -144,6 +144,7 @@ class MarchConfig:
     alpha: str = "first_order"      # or "exact", see `ray_weights`
     normals: str = "none"           # or "finite_difference" (three more lookups a sample), or "autograd"
     normal_step: float = 0.01       # of the finite difference, world units
+    skip_below: float = 0.          # rays that the first round found less opaque are empty, and get no second round
     max_points: int = 2**21         # samples that are worked on at a time, all fields together
 
     def __post_init__(self):
@@ -151,6 +152,7 @@ class MarchConfig:
         for name, least in (("coarse", 1), ("fine", 0), ("max_points", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least: raise ValueError(f"MarchConfig: {name} is {value!r}, need a whole number of at least {least}")
+        if not 0 <= self.skip_below < 1: raise ValueError(f"MarchConfig: skip_below is {self.skip_below}, need an opacity from 0 to less than 1")
         for name, choices in (("alpha", ALPHAS), ("normals", NORMALS)):
             if getattr(self, name) not in choices: raise ValueError(f"MarchConfig: {name} is {getattr(self, name)!r}, need one of {', '.join(choices)}")
 
@@ -162,7 +164,7 @@ class MarchConfig:
 
 
 SCALEDREAMER = MarchConfig()
-FAST = MarchConfig(coarse=16, fine=16, merge=False, alpha="exact", near=0., far=10.)
+FAST = MarchConfig(near=0., far=math.inf, coarse=16, fine=16, merge=False, alpha="exact", skip_below=1e-3)
 
 # %% ../../nbs/distill/01_fields.ipynb #1d3d1c7a
 def field_gradients(
@@ -211,31 +213,28 @@ def interval_edges(
     far: Tensor,            # [B,R] where it ends
     config: MarchConfig,
     uniform: Tensor | None, # [B,R,coarse-1+fine-1] random numbers, None: no jitter
-) -> Tensor:                # [B,R,S+1] distances, rising
+) -> tuple[Tensor, Tensor]: # distances [B,R,S+1], rising; opacity [B,R] that the first round found, 1 if there is no second
     "Cut rays into intervals, short where a surface is."
     coarse_noise, fine_noise = (None, None) if uniform is None else uniform.split([config.coarse - 1, max(config.fine - 1, 0)], -1)
     near, span = near[..., None], (far - near)[..., None]
     edges = near + span*spread(config.coarse, coarse_noise).to(near)
-    if not config.fine: return edges
+    if not config.fine: return edges, torch.ones_like(near[..., 0])
     middles = (edges[..., 1:] + edges[..., :-1])/2
     points = origins[:, :, None] + middles[..., None]*directions[:, :, None]
     density = field.density(field.query_geometry(points.flatten(1, 2)).view_as(middles))
     weights = ray_weights(density, edges.diff(dim=-1), config.alpha)
     fine = resample(edges, widen(weights), spread(config.fine, fine_noise).to(near))
-    return torch.cat([edges, fine], -1).sort(-1).values if config.merge else fine
+    return torch.cat([edges, fine], -1).sort(-1).values if config.merge else fine, weights.sum(-1)
 
 
 def march(
     field: Field,
-    origins: Tensor,        # [B,R,3]
-    directions: Tensor,     # [B,R,3] unit
-    near: Tensor,           # [B,R]
-    far: Tensor,            # [B,R]
+    origins: Tensor,     # [B,R,3]
+    directions: Tensor,  # [B,R,3] unit
+    edges: Tensor,       # [B,R,S+1] distances, rising
     config: MarchConfig,
-    uniform: Tensor | None, # as in `interval_edges`
-) -> tuple:                 # colour [B,R,3], and of the samples: distances, weights [B,R,S], gradients [B,R,S,3] or None
+) -> tuple:              # colour [B,R,3], and of the samples: distances, weights [B,R,S], gradients [B,R,S,3] or None
     "Sum a field along rays."
-    edges = interval_edges(field, origins, directions, near, far, config, uniform)
     distances, lengths = (edges[..., 1:] + edges[..., :-1])/2, edges.diff(dim=-1)
     points = (origins[:, :, None] + distances[..., None]*directions[:, :, None]).flatten(1, 2)
     geometry, colour = field.query(points)
@@ -252,9 +251,18 @@ class RayBundle(NamedTuple):
     origins: Tensor     # [B,R,3]
     directions: Tensor  # [B,R,3]
     near: Tensor        # [B,R]
-    far: Tensor         # [B,R], equal to near where `hit` is False
+    far: Tensor         # [B,R], not more than near where `hit` is False
     hit: Tensor         # [B,R]
     places: Tensor      # [B,R] which pixel of the V*H*W it is
+
+
+def keep_rays(
+    keep: Tensor,                # [B,R] which
+    tensors: tuple[Tensor, ...], # [B,R] or [B,R,C] each
+) -> tuple[Tensor, ...]:         # [B,R'] or [B,R',C], R' the most that any field keeps, at least 1
+    "The rays to keep of each field first, as many of all fields as the one with the most has."
+    first = keep.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)[:, :max(1, int(keep.sum(-1).max()))]
+    return tuple(x.gather(1, first) if x.ndim == 2 else x.gather(1, first[..., None].expand(-1, -1, x.shape[-1])) for x in tensors)
 
 
 def hitting_rays(
@@ -267,9 +275,8 @@ def hitting_rays(
     near, far = ray_sphere(origins, directions, radius)
     near, far = near.clamp(config.near, config.far), far.clamp(config.near, config.far)
     hit = far > near
-    places = hit.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)[:, :int(hit.sum(-1).max())]
-    pick = lambda x: x.gather(1, places) if x.ndim == 2 else x.gather(1, places[..., None].expand(-1, -1, 3))
-    return RayBundle(*map(pick, (origins, directions, near, far, hit)), places)
+    places = torch.arange(hit.shape[1], device=hit.device).expand_as(hit)
+    return RayBundle(*keep_rays(hit, (origins, directions, near, far, hit, places)))
 
 # %% ../../nbs/distill/01_fields.ipynb #ea9a8572
 class FieldRender(NamedTuple):
@@ -305,18 +312,27 @@ def ray_background(
     return field.background(directions.flatten(1, 3)).view_as(directions)
 
 # %% ../../nbs/distill/01_fields.ipynb #56568356
-def _march_all(field, bundle, config, uniform):
-    "March a bundle in groups of at most `max_points` samples, and put them together."
-    size = max(1, config.max_points//(field.batch*max(config.samples, config.coarse)))
-    groups = range(0, bundle.near.shape[1], size)
-    again = torch.is_grad_enabled() and len(groups) > 1  # compute again in the backward pass, in place of keeping all
+def _groups(function, tensors, config, batch, again):
+    "A function of rays in groups of at most `max_points` samples; with `again`, the backward pass computes it anew in place of keeping it."
+    size, count = max(1, config.max_points//(batch*max(config.samples, config.coarse))), tensors[0].shape[1]
     parts = []
-    for start in groups:
-        inputs = [x[:, start:start + size] for x in bundle[:4]]
-        noise = None if uniform is None else uniform[:, start:start + size]
-        if again: parts.append(checkpoint(march, field, *inputs, config, noise, use_reentrant=False, preserve_rng_state=False))
-        else: parts.append(march(field, *inputs, config, noise))
+    for start in range(0, count, size):
+        group = [None if x is None else x[:, start:start + size] for x in tensors]
+        if again and size < count: parts.append(checkpoint(function, *group, use_reentrant=False, preserve_rng_state=False))
+        else: parts.append(function(*group))
     return [None if column[0] is None else torch.cat(column, 1) for column in zip(*parts)]
+
+
+def _march_all(field, bundle, config, uniform):
+    "The rays that are not empty, and what `march` says of them."
+    cut = lambda *rays: interval_edges(field, *rays[:4], config, rays[4])
+    edges, opacity = _groups(cut, [*bundle[:4], uniform], config, field.batch, False)
+    if config.skip_below:
+        bundle = bundle._replace(hit=bundle.hit & (opacity >= config.skip_below))
+        *bundle, edges = keep_rays(bundle.hit, (*bundle, edges))
+        bundle = RayBundle(*bundle)
+    along = lambda *rays: march(field, *rays, config)
+    return bundle, *_groups(along, [bundle.origins, bundle.directions, edges], config, field.batch, torch.is_grad_enabled())
 
 
 def _to_pixels(values, bundle, shape):
@@ -338,19 +354,17 @@ def render_field(
     cameras = field_cameras(field, cameras)
     origins, directions = cameras.rays()
     shape = tuple(directions.shape[1:4])
-    bundle = hitting_rays(origins.flatten(1, 3), directions.flatten(1, 3), field.radius, config)
-    uniform = None
+    bundle, uniform = hitting_rays(origins.flatten(1, 3), directions.flatten(1, 3), field.radius, config), None
+    if not bundle.hit.any(): raise ValueError("render_field: no ray of any camera meets the field's sphere between the near and the far plane")
     if generator is not None:
-        noise = torch.rand(*bundle.near.shape, config.coarse - 1 + max(config.fine - 1, 0), generator=generator, device=generator.device)
-        uniform = noise.to(bundle.near)
-    if bundle.near.shape[1]: rgb, distances, weights, gradients = _march_all(field, bundle, config, uniform)
-    else: raise ValueError("render_field: no ray of any camera meets the field's sphere between the near and the far plane: look at the cameras")
+        numbers = config.coarse - 1 + max(config.fine - 1, 0)
+        uniform = torch.rand(*bundle.near.shape, numbers, generator=generator, device=generator.device).to(bundle.near)
+    bundle, rgb, distances, weights, gradients = _march_all(field, bundle, config, uniform)
     opacity = weights.sum(-1, keepdim=True)
     mean = (weights*distances).sum(-1, keepdim=True)/opacity.clamp_min(1e-10)
     variance = (weights*(distances - mean).square()).sum(-1, keepdim=True)/opacity.clamp_min(1e-10)
-    normals = None if gradients is None else (weights[..., None]*field_normals(field, gradients)).sum(-2)
-    pixels = lambda values: _to_pixels(values, bundle, shape)
-    alpha = pixels(opacity)
-    depth = pixels(mean)*(directions*cameras.forward[..., None, None, :]).sum(-1, keepdim=True)
-    return FieldRender(pixels(rgb) + (1 - alpha)*ray_background(field, background, directions), alpha, depth, pixels(variance),
-                       None if normals is None else pixels(normals), RaySamples(distances, weights, gradients, bundle.directions, bundle.hit))
+    normals = None if gradients is None else _to_pixels((weights[..., None]*field_normals(field, gradients)).sum(-2), bundle, shape)
+    rgb, alpha, mean, variance = (_to_pixels(values, bundle, shape) for values in (rgb, opacity, mean, variance))
+    depth = mean*(directions*cameras.forward[..., None, None, :]).sum(-1, keepdim=True)
+    return FieldRender(rgb + (1 - alpha)*ray_background(field, background, directions), alpha, depth, variance, normals,
+                       RaySamples(distances, weights, gradients, bundle.directions, bundle.hit))
