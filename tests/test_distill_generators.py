@@ -42,7 +42,7 @@ def test_every_weight_gets_a_gradient(name):
     picture = draw(model(prompts(2), z), CAMERAS, None, replace(FAST, normals="finite_difference"))
     (picture.rgb*torch.rand_like(picture.rgb)).sum().backward()
     without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert without == ([] if name != "triplane-gaussians" else without)
+    assert without == []
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -99,7 +99,7 @@ def test_rows_of_the_hash_grid_stay_in_their_level(log2_table):
 def test_paper_sizes_are_the_papers():
     count = lambda name, size="paper": parameter_count(GENERATORS[name][0], preset(name, size))/1e6
     assert round(count("conv3d"), 1) == 88.7 and round(count("conv3d", "paper-100k"), 1) == 144.8 and round(count("triplane"), 1) == 120.5
-    assert round(parameter_count(ingp.HyperINGP, ingp.PAPER, "grid")/1e6, 2) == 12.6 and round(count("ingp"), 2) == 12.6
+    assert round(parameter_count(ingp.HyperINGP, ingp.INGPConfig(), "grid")/1e6, 2) == 12.6 and round(count("ingp"), 2) == 12.6
     assert all(sum(p.numel() for p in make_generator(name).parameters()) < 1e6 for name in PRESETS["tiny"])
 
 

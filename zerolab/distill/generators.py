@@ -8,7 +8,7 @@ __all__ = ['FieldConfig', 'first_geometry', 'make_field', 'plain_mlp', 'Directio
            'parameter_count']
 
 # %% ../../nbs/distill/02_generators.ipynb #adc3bd41
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable
 

@@ -65,6 +65,7 @@ class HashGrid(nn.Module):
         starts = [sum(sizes[:level]) for level in range(levels)]
         wrapped = torch.tensor(multipliers).remainder(2**32).sub(2**31).to(torch.int32) ^ -2**31    # modulo 2^32, as signed numbers
         self.register_buffer("scales", torch.tensor(scales), persistent=False)
+        self.register_buffer("last", torch.tensor(sides, dtype=torch.int32)[:, None] - 1, persistent=False)
         self.register_buffer("multipliers", wrapped, persistent=False)
         self.register_buffer("starts", torch.tensor(starts, dtype=torch.int32), persistent=False)
         self.table = nn.Parameter(torch.empty(sum(sizes), features).uniform_(-1e-4, 1e-4))  # Instant-NGP, section 4
@@ -79,7 +80,7 @@ class HashGrid(nn.Module):
         x = (points.reshape(-1, 1, 3).clamp(-1, 1) + 1)/2*self.scales[:, None] + 0.5
         corner = x.detach().floor()
         fraction, corner = x - corner, corner.int()
-        near, far = corner*self.multipliers, (corner + 1)*self.multipliers
+        near, far = corner*self.multipliers, torch.minimum(corner + 1, self.last)*self.multipliers
         a, b, c = torch.stack([near, far], -1).unbind(-2)                            # [N,levels,2] for each axis
         a, b, c = a[..., :, None, None], b[..., None, :, None], c[..., None, None, :]
         d = self.dense

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from . import conv3d, ingp, triplane
-from .generators import FieldConfig, load_generator_as, save_generator
+from .generators import FieldConfig, load_generator_as
 
 # %% ../../nbs/distill/02d_presets.ipynb #0c24d0e6
 GENERATORS = {"ingp": (ingp.INGP, ingp.INGPConfig), "hyper-ingp": (ingp.HyperINGP, ingp.INGPConfig), "att3d": (ingp.HyperINGP, ingp.INGPConfig),
@@ -20,7 +20,7 @@ GENERATORS = {"ingp": (ingp.INGP, ingp.INGPConfig), "hyper-ingp": (ingp.HyperING
               "triplane-gaussians": (triplane.TriplaneGaussians, triplane.TriplaneConfig)}
 PRESETS = {"tiny": {"ingp": ingp.TINY, "hyper-ingp": ingp.TINY, "att3d": ingp.ATT3D_TINY, "conv3d": conv3d.TINY, "triplane": triplane.TINY,
                     "triplane-gaussians": triplane.TINY},
-           "paper": {"ingp": ingp.PAPER, "hyper-ingp": ingp.PAPER, "att3d": replace(ingp.PAPER, kind="density", spectral_norm=True),
+           "paper": {"ingp": ingp.INGPConfig(), "hyper-ingp": ingp.INGPConfig(), "att3d": ingp.INGPConfig(kind="density", spectral_norm=True),
                      "conv3d": conv3d.PAPER, "triplane": triplane.PAPER, "triplane-gaussians": triplane.PAPER},
            "paper-100k": {"conv3d": conv3d.PAPER_100K}}
 

@@ -6,7 +6,6 @@
 __all__ = ['sparsity', 'opacity_entropy', 'eikonal', 'orientation', 'z_variance']
 
 # %% ../../nbs/distill/01a_regularisers.ipynb #c72c37c2
-import torch
 from torch import Tensor
 
 from .fields import Field, FieldRender, RaySamples, field_normals

@@ -28,6 +28,7 @@ class TriplaneConfig(FieldConfig):
     heads: int = 16
     upsample: int = 2                 # texels on a side that a token becomes
     features: int = 32                # numbers in a texel
+    token_std: float = 768**-0.5      # of the tokens when training starts (LRM: width**-0.5)
     direction_background: bool = True # learn one background for all prompts
     anchors: int = 16                 # for Gaussians: anchors on a side of the cube
 
@@ -69,7 +70,7 @@ class PlaneMaker(nn.Module):
         super().__init__()
         if config.width % config.heads: raise ValueError(f"TriplaneConfig: width {config.width} is not divisible by {config.heads} heads")
         self.config = config
-        self.tokens = nn.Parameter(torch.randn(3*config.side**2, config.width)*config.width**-0.5)
+        self.tokens = nn.Parameter(torch.randn(3*config.side**2, config.width)*config.token_std)
         self.blocks = nn.ModuleList([TokenBlock(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width)
         self.grow = nn.ConvTranspose2d(config.width, config.features, config.upsample, config.upsample)
@@ -116,7 +117,7 @@ class TriplaneTransformer(nn.Module):
 
 # %% ../../nbs/distill/02c_triplane.ipynb #1705aac5
 PAPER = TriplaneConfig()
-TINY = TriplaneConfig(text_width=64, radius=1.2, first_radius=0.5, hidden=32, side=8, width=96, depth=4, heads=4, upsample=4, features=16,
+TINY = TriplaneConfig(text_width=64, radius=1.2, first_radius=0.5, hidden=32, side=8, width=96, depth=4, heads=4, upsample=4, features=16, token_std=1.,
                       direction_background=False, anchors=14)
 
 # %% ../../nbs/distill/02c_triplane.ipynb #1f186640
