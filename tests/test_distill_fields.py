@@ -133,7 +133,17 @@ def test_nothing_to_see_is_background_and_still_has_a_gradient_path():
     field = Field(lambda points: (distance(points), points.abs().clamp(0, 1)), distance)
     picture = render_field(field, CAMERAS, torch.ones(3))
     picture.rgb.mean().backward()
-    assert torch.allclose(picture.rgb, torch.ones(1)) and torch.isfinite(size.grad).all()
+    assert torch.allclose(picture.rgb, torch.ones(1), atol=1e-6) and torch.isfinite(size.grad).all()
+
+
+def test_a_scene_that_shrank_to_nothing_can_come_back_beside_one_that_is_seen():
+    sizes = torch.tensor([-0.1, 0.5], requires_grad=True)
+    distance = lambda points: points.norm(dim=-1) - sizes[:, None]
+    field = Field(lambda points: (distance(points), torch.zeros_like(points)), distance, batch=2)
+    picture = render_field(field, CAMERAS, torch.ones(3), replace(FAST, skip_below=0.5))
+    assert picture.alpha[0].max() < 0.1
+    picture.rgb.mean().backward()
+    assert (sizes.grad < 0).all()      # larger is darker, for both
 
 
 def test_a_field_that_skips_is_differentiable_and_the_same():

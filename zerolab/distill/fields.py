@@ -328,7 +328,8 @@ def _march_all(field, bundle, config, uniform):
     cut = lambda *rays: interval_edges(field, *rays[:4], config, rays[4])
     edges, opacity = _groups(cut, [*bundle[:4], uniform], config, field.batch, False)
     if config.skip_below:
-        bundle = bundle._replace(hit=bundle.hit & (opacity >= config.skip_below))
+        seen = bundle.hit & (opacity >= config.skip_below)
+        bundle = bundle._replace(hit=torch.where(seen.any(-1, keepdim=True), seen, bundle.hit))
         *bundle, edges = keep_rays(bundle.hit, (*bundle, edges))
         bundle = RayBundle(*bundle)
     along = lambda *rays: march(field, *rays, config)
