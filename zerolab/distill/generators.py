@@ -140,8 +140,8 @@ def fit_pictures(
     views: int = 4,         # of each object, drawn at random in each step
     prompts: int = 4,       # in each step, drawn at random
     learning_rate: float = 4e-3, # ScaleDreamer's, of a generator; falls to 0 as a cosine does
-    march: MarchConfig = FAST,
-    seed: int = 0,
+    march: MarchConfig = FAST, # for fields
+    seed: int = 0,          # of views, prompts, backgrounds and jitter
 ) -> list[float]:           # the loss of each step
     "Teach a generator a few known objects."
     numbers = torch.Generator().manual_seed(seed)
@@ -171,8 +171,8 @@ def picture_error(
     targets: Tensor,   # [P,V,H,W,4] rgb and straight alpha in [0,1]
     cameras: Cameras,  # [V]
     *,
-    z: Tensor | None = None,
-    march: MarchConfig = FAST,
+    z: Tensor | None = None,   # [P,z_width]
+    march: MarchConfig = FAST, # for fields
 ) -> tuple[float, Tensor]:  # peak signal to noise ratio, dB; pictures [P,V,H,W,3]
     "How near a generator comes to known pictures, on white."
     rgb, alpha = targets.split([3, 1], -1)

@@ -34,7 +34,7 @@ def geometry_grid(
 # %% ../../nbs/distill/01c_surface.ipynb #07876f46
 def marching_cubes(
     values: np.ndarray,  # [R,R,R] axes x, y, z; inside where less than `level`
-    level: float,
+    level: float,        # where the surface is
     radius: float,       # the grid covers the cube [-radius,radius]^3
 ) -> tuple:              # positions float32 [N,3], faces int32 [M,3]
     "Where a grid's values cross a level."
