@@ -103,6 +103,16 @@ def test_paper_sizes_are_the_papers():
     assert all(sum(p.numel() for p in make_generator(name).parameters()) < 1e6 for name in PRESETS["tiny"])
 
 
+def test_paper_sizes_fit_together():
+    with torch.device("meta"):      # shapes alone, nothing is computed
+        for size in ("paper", "paper-100k"):
+            assert make_generator("conv3d", size).volume(torch.zeros(2, 1024), torch.zeros(2, 64)).shape == (2, 32, 128, 128, 128)
+        assert make_generator("triplane", "paper").planes(torch.zeros(2, 77, 1024)).shape == (2, 3, 32, 64, 64)
+    model = make_generator("hyper-ingp", "paper")
+    with torch.no_grad(): geometry, colour = model(torch.randn(2, 1024)).query(torch.randn(2, 10, 3))
+    assert geometry.shape == (2, 10) and colour.shape == (2, 10, 3)
+
+
 def test_a_random_background_uses_up_the_same_numbers_either_way():
     a, b = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     assert random_background(0., 2, a) is None and random_background(1., 2, b).shape == (2, 1, 3)
