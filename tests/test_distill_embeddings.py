@@ -43,6 +43,14 @@ def test_a_store_says_what_the_prior_says(tmp_path, kind):
     assert (prior.eps(x, t, store.condition(TEXTS)) - prior.eps(x, t, direct)).abs().max() < 1e-2
 
 
+def test_an_encoder_without_a_limit_wants_one(tmp_path):
+    save_random_checkpoint(tmp_path, "pixart")
+    settings = module.read_json(tmp_path / "tokenizer/tokenizer_config.json")
+    module.write_json(tmp_path / "tokenizer/tokenizer_config.json", settings | dict(model_max_length=int(1e30)))
+    with pytest.raises(ValueError, match="names no limit: give one"): load_text_encoder(tmp_path)
+    assert load_text_encoder(tmp_path, limit=9)(["a cube"])["text"].shape[1] == 9
+
+
 def test_rows_are_found_in_any_order_and_any_number(tmp_path):
     store = encode(with_views(TEXTS) + TEXTS, tmp_path, batch_size=7, commit=10)
     assert len(store) == len(TEXTS) * len(VIEW_SUFFIXES)

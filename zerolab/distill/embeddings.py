@@ -74,6 +74,8 @@ def load_text_encoder(
     model = getattr(transformers, name).from_pretrained(weights, use_safetensors=True).to(device).eval().requires_grad_(False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(words)
     reads = min(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length, tokenizer.model_max_length)
+    if limit is None and reads > 100_000:
+        raise ValueError(f"load_text_encoder: the tokenizer in {words} names no limit: give one, such as limit=120 for PixArt-alpha")
     if not 2 <= (limit or reads) <= reads: raise ValueError(f"load_text_encoder: limit is {limit}, this model reads 2 to {reads} tokens")
     return TextEncoder(tokenizer, model, limit or reads, truncate)
 

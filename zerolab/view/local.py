@@ -12,7 +12,6 @@ import base64, json
 from dataclasses import dataclass
 from functools import cache
 from html import escape
-from io import BytesIO
 from pathlib import Path
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from ..render.splats import render_splats
 from ..scene.cameras import Cameras, orbit
 from ..scene.gaussians import Gaussians
 from ..scene.paths import atomic_path
+from .pictures import picture_file
 from .webgl import PackedSplats, pack_splats, webgl_js
 
 # %% ../../nbs/view/04_local.ipynb #09afd9f5
@@ -583,9 +583,7 @@ def picture_url(
     if array.dtype != np.uint8: array = np.round(255 * np.clip(array.astype(float), 0, 1)).astype(np.uint8)
     image = Image.fromarray(array).convert("RGB")
     image.thumbnail((longest, longest))
-    file = BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(picture_file(image, "JPEG", quality=quality)).decode()
 
 # %% ../../nbs/view/04_local.ipynb #c77315c8
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; worker-src blob:; img-src data: blob:"

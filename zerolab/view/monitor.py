@@ -24,7 +24,7 @@ from PIL import Image
 from ..render.splats import render_splats
 from ..scene.cameras import orbit
 from ..scene.gaussians import Gaussians
-from .pictures import picture_psnr
+from .pictures import picture_file, picture_psnr
 from .remote import RemoteView, has_front_end, one_scene, hear_at_once
 from .sheet import OKABE_ITO, _smoothed, to_uint8
 
@@ -349,10 +349,9 @@ def encode(
     image = Image.fromarray(np.ascontiguousarray(picture))
     if image.width > widest: image = image.resize((widest, max(1, round(image.height*widest/image.width))), Image.Resampling.BOX)
     for quality in (82, 60, 30, 5):
-        buffer = BytesIO()
-        image.save(buffer, "WEBP", quality=quality, method=2)
-        if buffer.tell() <= most: break
-    return buffer.getvalue()
+        file = picture_file(image, "WEBP", quality=quality, method=2)
+        if len(file) <= most: break
+    return file
 
 
 SHOWN, ROW_BYTES = 8, 16_000     # pictures of a row at most, and what they take

@@ -28,6 +28,7 @@ from ..shapes.zeroverse import (
     HEIGHT_FIELD, PAPER, RELEASE, THINGS, Recipe, make_shape, no_boolean, no_heightfield, no_wireframe, primitives_only)
 from .sheet import contact_sheet, to_uint8
 from .gl import find_opengl
+from .pictures import picture_file
 from .scene import add_textured
 from .splats import place_camera
 
@@ -247,9 +248,7 @@ def jpeg(
     quality:int=88,                    # 1 to 95
 ) -> bytes:
     "A picture as a JPEG."
-    buffer = BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+    return picture_file(picture, "JPEG", quality=quality)
 
 # %% ../../nbs/view/09_play.ipynb #4fac5352
 TURN_JS = """

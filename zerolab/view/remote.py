@@ -14,18 +14,17 @@ __all__ = ['ARROWS', 'BUTTONS', 'BUILD_JS', 'VIEW_JS', 'POINTER_JS', 'REMOTE_CSS
 import asyncio, base64, ctypes, os, sys, threading, time, traceback, weakref
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BytesIO
 
 import anywidget
 import numpy as np
 import torch
 import traitlets
-from PIL import Image
 
 from ..render.splats import render_splats
 from ..scene.cameras import Cameras, look_at
 from ..scene.gaussians import Gaussians
 from .gl import ensure_gl, window_pixels
+from .pictures import picture_file
 from .sheet import to_uint8
 
 # %% ../../nbs/view/05_remote.ipynb #c49abcfa
@@ -502,13 +501,10 @@ def encode_picture(
     kind:str,                 # jpeg, png, or small: png unless that is over 100 kB
 ) -> tuple[str, bytes]:       # (mime type, file)
     "A picture as a file."
-    buffer = BytesIO()
     if kind != "jpeg":
-        Image.fromarray(picture).save(buffer, "PNG", compress_level=1 if kind == "png" else 9)
-        if kind == "png" or buffer.tell() <= 100_000: return "image/png", buffer.getvalue()
-        buffer = BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=85)
-    return "image/jpeg", buffer.getvalue()
+        file = picture_file(picture, "PNG", compress_level=1 if kind == "png" else 9)
+        if kind == "png" or len(file) <= 100_000: return "image/png", file
+    return "image/jpeg", picture_file(picture, "JPEG", quality=85)
 
 # %% ../../nbs/view/05_remote.ipynb #c7333c67
 BUILD_JS = """
