@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from zerolab.diffusion.analytic import MixturePrior, ring_prior
 from zerolab.diffusion.hub import load_prior, save_random_checkpoint
-from zerolab.diffusion.priors import Prior, noise_schedule, take_condition
+from zerolab.diffusion.priors import Prior, ddim_sample, noise_schedule, take_condition
 from zerolab.distill import objectives
 from zerolab.distill.objectives import (ANNEALED, FIXED, LOWERED, NORMALISERS, OBJECTIVES, RECIPES, WEIGHTS, DeltaT, Negatives, Recipe, Window, add_noise,
-                                        asd, csd, distill, draw_t, falling, guidance_ratio, ism, perpendicular, push, sdi, sds, sjc, view_conditions,
+                                        asd, csd, ddim_invert, distill, draw_t, falling, guidance_ratio, ism, perpendicular, push, sdi, sds, sjc, view_conditions,
                                         view_weights, vsd)
 
 
@@ -102,17 +102,26 @@ def test_flow_is_the_same_as_noise_at_the_same_levels():
     near(gradients[1], gradients[0], gradients[0], 1e-4)
 
 
-def test_sdi_without_noise_on_the_way_does_not_depend_on_the_prediction_type_and_inverts_sampling():
+def test_sdi_without_noise_on_the_way_does_not_depend_on_the_prediction_type():
     ring = ring_prior()
     found = []
     for kind in ("epsilon", "v_prediction"):
         prior = MixturePrior(ring.means, 0.1, ring.weights, schedule=noise_schedule("scaled_linear", prediction_type=kind))
         x, t, noise = request(prior)
-        found.append(sdi(prior, x, t, prior.condition([0, 3]), noise, uncond=prior.condition([-1, -1]), eta=0.))
-    near(found[1][0], found[0][0], found[0][0], 1e-4)
-    x0, t = ring.means[[0, 3], 0], torch.tensor([600, 250])           # at a mode, inverted and denoised without guidance: a mode is what is seen again
-    _, seen = sdi(ring, x0, t, ring.condition([0, 3]), x0, uncond=ring.condition([-1, -1]), inversion_scale=1., guidance_scale=1., eta=0., steps=500)
-    assert (seen["x0"] - x0).norm(dim=1).max() < 0.1
+        found.append(sdi(prior, x, t, prior.condition([0, 3]), noise, uncond=prior.condition([-1, -1]), eta=0.)[0])
+    near(found[1], found[0], found[0], 1e-4)
+
+
+def test_inversion_undoes_sampling():
+    "Up in steps of 2 and down again: back at x, for samples that go to different timesteps."
+    ring, last = ring_prior(), torch.tensor([600, 250])
+    cond = ring.condition([0, 3])
+    x = ring.sample(cond, torch.Generator().manual_seed(0))
+    noisy, steps = ddim_invert(ring, x, last, lambda x_t, t: ring.eps(x_t, t, cond), 2)
+    assert steps == 300 and (noisy - x).norm(dim=1).min() > 0.1
+    for row in range(2):
+        back = ddim_sample(ring, noisy[[row]], take_condition(cond, [row]), timesteps=range(int(last[row]), -1, -2))
+        assert (back - x[row]).norm() < 0.02
 
 
 def test_the_noise_of_sdi_comes_from_its_generator():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..diffusion.analytic import MixturePrior
 from ..diffusion.priors import NoiseSchedule, Prior
 from .objectives import Recipe, distill, push
-from .variational import OnlinePhi, fit_phi, particle_prior
+from .variational import OnlinePhi, ParticlePrior, fit_phi
 
 # %% ../../nbs/distill/00b_closed_form.ipynb #b78fd402
 class Pull(NamedTuple):
@@ -113,8 +113,7 @@ def run_particles(
     for step in range(steps):
         if watch: watch(step, x.detach())
         optimizer.param_groups[0]["lr"] = lr*(1 - step/steps)
-        exact = {}
-        if recipe.objective == "vsd": exact = dict(phi=particle_prior(x, prior.schedule), phi_cond={"prompt": torch.zeros(count, dtype=torch.long)})
+        exact = dict(phi=ParticlePrior(x, prior.schedule)) if recipe.objective == "vsd" else {}
         alone = recipe.guidance_scale == 1 and recipe.objective in ("sds", "sjc", "vsd", "asd")
         gradient, _ = distill(prior, x, cond, recipe, generator, progress=step/steps, uncond=None if alone else uncond, **exact)
         optimizer.zero_grad()
@@ -183,6 +182,7 @@ def train_generator(
     steps: int = 1500,
     batch: int = 64,              # prompts of a step
     lr: float = 1e-3,
+    phi_lr: float = 3e-3,         # of phi, which has to keep up
     seed: int = 0,                # of everything
 ) -> VectorGenerator:
     "Distil a prior into a generator."
@@ -191,7 +191,7 @@ def train_generator(
         torch.manual_seed(seed)
         model = VectorGenerator(prior.shape[0], embeddings.shape[1])
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    learning = torch.optim.Adam(phi.network.parameters(), lr=lr) if phi else None
+    learning = torch.optim.Adam(phi.network.parameters(), lr=phi_lr) if phi else None
     alone = recipe.guidance_scale == 1 and recipe.objective in ("sds", "sjc", "vsd", "asd")
     for step in range(steps):
         prompts = torch.randint(0, len(embeddings), (batch,), generator=generator)
