@@ -10,9 +10,9 @@ from zerolab.diffusion.analytic import MixturePrior, ring_prior
 from zerolab.diffusion.hub import load_prior, save_random_checkpoint
 from zerolab.diffusion.priors import Prior, ddim_sample, noise_schedule, take_condition
 from zerolab.distill import objectives
-from zerolab.distill.objectives import (ANNEALED, FIXED, LOWERED, NORMALISERS, OBJECTIVES, RECIPES, WEIGHTS, DeltaT, Negatives, Recipe, Window, add_noise,
-                                        asd, csd, ddim_invert, distill, draw_t, falling, guidance_ratio, ism, perpendicular, push, sdi, sds, sjc, view_conditions,
-                                        view_weights, vsd)
+from zerolab.distill.objectives import (ANNEALED, FIXED, LOWERED, NORMALISERS, OBJECTIVES, RECIPES, WEIGHTS, DeltaT, Negatives, Recipe, Window,
+                                        add_noise, asd, csd, ddim_invert, distill, draw_t, falling, guidance_ratio, ism, perpendicular, push, sdi,
+                                        sds, sjc, view_conditions, view_weights, vsd)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,8 @@ def test_inversion_undoes_sampling():
 def test_the_noise_of_sdi_comes_from_its_generator():
     ring = ring_prior()
     x, t, noise = request(ring)
-    run = lambda seed: sdi(ring, x, t, ring.condition([0, 3]), noise, uncond=ring.condition([-1, -1]), generator=torch.Generator().manual_seed(seed))[0]
+    given = dict(cond=ring.condition([0, 3]), noise=noise, uncond=ring.condition([-1, -1]))
+    run = lambda seed: sdi(ring, x, t, generator=torch.Generator().manual_seed(seed), **given)[0]
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
 
 
