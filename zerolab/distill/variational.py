@@ -95,15 +95,15 @@ def lora_copy(
     seed: int = 0,                # of the adapter's first half; the second is zero
 ) -> CheckpointPrior:             # sees what the prior sees until it has learned something
     "A second model for VSD: the prior's network with a LoRA adapter that learns."
-    if not hasattr(getattr(prior, "network", None), "add_adapter"):
+    if not isinstance(getattr(prior, "network", None), nn.Module):
         raise ValueError(f"lora_copy: {type(prior).__name__} has no network of diffusers to adapt: for vectors, use OnlinePhi or ParticlePrior")
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
     tensors = [*prior.network.parameters(), *prior.network.buffers()]
     network = copy.deepcopy(prior.network, {id(tensor): tensor for tensor in tensors})     # new modules around the same weights
     phi = CheckpointPrior(network, prior.schedule, views=prior.views, source=prior.source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian"))
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian"), network)
     return phi
 
 
