@@ -100,7 +100,7 @@ def run_particles(
     recipe: Recipe,
     *,
     count: int = 256,             # particles
-    steps: int = 1500,
+    steps: int = 1500,            # of the optimizer
     lr: float = 0.02,             # at first; falls to 0 in a straight line
     seed: int = 0,                # of the start, timesteps and noise
     watch: Callable | None = None, # called with (step, particles [count,D]) before each step
@@ -144,7 +144,7 @@ def prompt_world(
     prompts: int,                 # that are trained
     *,
     unseen: int = 0,              # further ones, which the model knows and the generator is not trained on
-    dim: int = 8,
+    dim: int = 8,                 # of the vectors
     std: float = 0.25,            # of each prompt
     seed: int = 0,                # of means and embeddings
 ) -> tuple[MixturePrior, Tensor]: # a model of all prompts; their embeddings [prompts+unseen,32]
@@ -172,16 +172,16 @@ class VectorGenerator(nn.Module):
         z = torch.randn(len(embedding), self.noise, generator=generator)
         return 3*torch.tanh(self.layers(torch.cat([embedding, z], 1)))
 
-
+# %% ../../nbs/distill/00b_closed_form.ipynb #2db479d4
 def train_generator(
     prior: MixturePrior,
     embeddings: Tensor,           # [P,32] of the prompts that are trained
     recipe: Recipe,
     *,
     phi: OnlinePhi | None = None, # of VSD; learns a step for each step of the generator
-    steps: int = 1500,
+    steps: int = 1500,            # of the optimizer
     batch: int = 64,              # prompts of a step
-    lr: float = 1e-3,
+    lr: float = 1e-3,             # of the generator
     phi_lr: float = 3e-3,         # of phi, which has to keep up
     seed: int = 0,                # of everything
 ) -> VectorGenerator:
