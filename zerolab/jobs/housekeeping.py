@@ -158,15 +158,14 @@ def text_table(
 ) -> list[str]: # lines, the first with the titles
     "Rows as columns of text."
     lines = [list(found[0]), *([_cell(value) for value in row.values()] for row in found)] if found else []
-    right = [all(isinstance(row[name], (int, float)) or row[name] is None for row in found) for name in found[0]] if found else []
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["  ".join(f"{cell:>{width}}" if number else f"{cell:{width}}" for cell, width, number in zip(line, widths, right)).rstrip() for line in lines]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines]
 
 def _cell(value) -> str:
     "A value on one line."
     if value is None: return "-"
     if isinstance(value, bool): return "yes" if value else "no"
-    if isinstance(value, float): return f"{value:.5g}"
+    if isinstance(value, float): return f"{value:.5g}" if value % 1 or abs(value) >= 1e5 else f"{value:.1f}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= 60 else text[:57] + "..."

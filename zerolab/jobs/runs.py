@@ -40,9 +40,13 @@ def _scan(folder:str, name:str="", depth:int=DEPTH) -> Iterator[tuple[str, str, 
         return
     for entry in entries:
         if entry.name.startswith(".") or not entry.is_dir(): continue
-        below = f"{name}/{entry.name}" if name else entry.name
+        below = _readable(f"{name}/{entry.name}" if name else entry.name)
         if stamp := _stamp(entry.path): yield below, entry.path, stamp
         elif depth > 1 and not (entry.is_symlink() and _leads_up(entry.path)): yield from _scan(entry.path, below, depth - 1)
+
+def _readable(name:str) -> str:
+    "A file name as text, whatever bytes it is made of."
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "replace")
 
 def _leads_up(link:str) -> bool:
     return Path(os.path.realpath(link)) in [Path(os.path.realpath(os.path.dirname(link))), *Path(os.path.realpath(os.path.dirname(link))).parents]
@@ -134,7 +138,7 @@ def _artifacts(folder:Path, most:int=1000) -> tuple[list[str], int]:
         inner.sort()
         for name in sorted(names):
             if len(found) == most: return found, total
-            found.append(_clean(os.path.relpath(f"{place}/{name}", folder/"artifacts").encode("utf-8", "replace").decode()))
+            found.append(_readable(os.path.relpath(f"{place}/{name}", folder/"artifacts")))
             try: total += os.lstat(f"{place}/{name}").st_size
             except OSError: pass
     return found, total
@@ -165,8 +169,8 @@ def read_run(
     commit, dirty = (spec.get(name, state.get(name)) for name in ("commit", "dirty"))
     path = _word(spec.get("notebook", state.get("notebook")))
     return words | dict(
-        folder=_clean(os.fsencode(name or folder.name).decode("utf-8", "replace")), id=_word(spec.get("id")) or _clean(folder.name),
-        notebook=_word(spec.get("name")) or (Path(path).stem if path else _clean(folder.parent.name)), path=path,
+        folder=_readable(name or folder.name), id=_word(spec.get("id")) or _readable(folder.name),
+        notebook=_word(spec.get("name")) or (Path(path).stem if path else _readable(folder.parent.name)), path=path,
         status=words["status"] or "broken", problem="; ".join(filter(None, problems)) or None,
         cell=_whole(state.get("cell")), attempt=_whole(state.get("attempt")), seconds=_number(state.get("seconds")),
         created=_moment(spec.get("created")), started=_moment(state.get("started")), ended=_moment(state.get("ended")),
@@ -230,19 +234,16 @@ class Survey:
 def _survey(folder:Path) -> Survey:
     "Look at all folders and at what parquet files hold."
     import duckdb
-    held, parts = {}, []
+    now, held = {name: (Path(path), stamp) for name, path, stamp in _scan(str(folder))}, {}
     with duckdb.connect(config=dict(threads=1)) as database:
         for part in sorted((folder/".table").glob(f"v{VERSION}-*.runs.parquet")):
             try: found = database.execute("SELECT folder, stamp, status, attempt FROM read_parquet(?)", [str(part)]).fetchall()
             except duckdb.Error: continue     # cut by a full disk, or removed just now: its runs are read from their folders
-            if _sister(part).exists(): parts.append((len(found), part, found))
-    for _, part, found in sorted(parts, key=lambda part: part[:2]): held |= {name: (part, *rest) for name, *rest in found}
-    kept, fresh = {}, {}
-    for name, path, stamp in _scan(str(folder)):
-        part, known, status, attempt = held.get(name, (None,) * 4)
-        if known == stamp and (status == "done" or attempt == len(attempt_files(Path(path)))): kept[name] = part
-        else: fresh[name] = Path(path), stamp
-    return Survey(kept, fresh, tuple(part for _, part, _ in parts))
+            if _sister(part).exists(): held[part] = [(name, *rest) for name, stamp, *rest in found if name in now and now[name][1] == stamp]
+    kept = {}
+    for part in sorted(held, key=lambda part: len(held[part])):     # of two files with a run, the one that has more counts
+        kept |= {name: part for name, status, attempt in held[part] if status == "done" or attempt == len(attempt_files(now[name][0]))}
+    return Survey(kept, {name: place for name, place in now.items() if name not in kept}, tuple(held))
 
 def _sister(part:Path) -> Path:
     "The file with the series of the runs whose rows are in `part`."
@@ -370,7 +371,7 @@ def _struct(database, column:str) -> str:
         found.setdefault(name, set()).add(KINDS.get(kind))
     for name in sorted(found):
         kinds = found[name] - {None}
-        if name.lower() in taken: continue     # SQL does not tell Seed from seed: `records` has both
+        if not name or name.lower() in taken: continue     # SQL has no empty names, and does not tell Seed from seed: `records` has both
         taken.add(name.lower())
         fields[name] = kinds.pop() if len(kinds) == 1 else "DOUBLE" if kinds == {"BIGINT", "DOUBLE"} else "JSON" if "JSON" in kinds else "VARCHAR"
     return f"json_transform({column}, {_quoted(json.dumps(fields, ensure_ascii=False))}) AS {column}" if fields else f"NULL AS {column}"
