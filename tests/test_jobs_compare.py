@@ -11,7 +11,7 @@ from PIL import Image
 
 from chromium import Browser, chromium
 from zerolab.jobs import cli
-from zerolab.jobs.compare import bootstrap_interval, find_runs, grouped, read_runs, t_interval, write_comparison
+from zerolab.jobs.compare import bootstrap_interval, find_sweep, grouped, read_runs, t_interval, write_comparison
 from zerolab.jobs.diff import diff_page, diff_runs, diff_text
 from zerolab.jobs.report import write_report
 
@@ -60,14 +60,14 @@ def sweep(tmp_path):
 
 def test_a_sweep_is_found_by_every_name(sweep):
     listing = sweep.parent / "sweeps/feedc0ffee12.json"
-    for name in ("feed", "feedc0ffee12", "fit", listing): assert len(find_runs(name, sweep.runs).folders) == 8
-    assert find_runs("fit", sweep.runs).place == find_runs(sweep.path.parent.with_suffix(".json")).place == listing.with_suffix("")
-    assert find_runs(sweep.parent).place.name == "all" and write_comparison(sweep.parent).runs == 8
+    for name in ("feed", "feedc0ffee12", "fit", listing): assert len(find_sweep(name, sweep.runs).folders) == 8
+    assert find_sweep("fit", sweep.runs).place == find_sweep(sweep.path.parent.with_suffix(".json")).place == listing.with_suffix("")
+    assert find_sweep(sweep.parent).place.name == "all" and write_comparison(sweep.parent).runs == 8
     (sweep.parent / "sweeps/feedd0d0.json").write_text(listing.read_text())
     for name, said in [("feed", "2 sweeps begin with feed"), ("x", "or a notebook: fit"), ("feed*", "no sweep"), ("", "no sweep"), ("..", "no sweep")]:
-        with pytest.raises(ValueError, match=said.replace("*", ".")): find_runs(name, sweep.runs)
+        with pytest.raises(ValueError, match=said.replace("*", ".")): find_sweep(name, sweep.runs)
     listing.write_text("[1]")
-    with pytest.raises(ValueError, match="no list of the points"): find_runs(listing)
+    with pytest.raises(ValueError, match="no list of the points"): find_sweep(listing)
 
 
 def test_intervals_are_those_of_scipy():
@@ -80,7 +80,7 @@ def test_intervals_are_those_of_scipy():
 
 
 def test_groups_hold_runs_that_are_done_and_differ_in_their_seed(sweep):
-    groups = grouped(read_runs(find_runs("feed", sweep.runs)), ["rate", "shape", "seed"], ["psnr", "nothing"])
+    groups = grouped(read_runs(find_sweep("feed", sweep.runs)), ["rate", "shape", "seed"], ["psnr", "nothing"])
     assert [(group["runs"], group["of"][0]["n"]) for group in groups] == [([0, 1], 2), ([2, 3], 2), ([4, 5], 2), ([6, 7], 1)]
     assert groups[0]["of"][0]["mean"] == 21.6 and groups[0]["of"][0]["t"] == [15.247, 27.953] and "t" not in groups[3]["of"][0]
     assert groups[0]["of"][1] is None
@@ -139,6 +139,7 @@ def test_a_person_sorts_filters_brushes_and_looks(sweep):
             type_in(text)
             assert visible(browser) == count, text
         assert browser.evaluate("document.querySelectorAll('#lines path[data-k]').length") == 8
+        browser.evaluate("document.getElementById('lines').scrollIntoView({block: 'center'}), 1")
         x, y, width, height = browser.box("document.querySelector('[data-axis=rate] .brush')")
         browser.drag((x + width / 2, y + height - 2), (x + width / 2, y + height * 0.7))
         settled(browser)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE', 'KINDS', 'PAGE_STYLE', 'PLOT_STYLE', 'WORDS_JS', 'COLUMNS_JS', 'SCALES_JS', 'FILTER_JS', 'TABLE_JS',
            'PARALLEL_JS', 'AXES_JS', 'BARS_JS', 'CURVES_JS', 'PICTURES_JS', 'LARGE_JS', 'START_JS', 'COMPARE_JS',
-           'BODY', 'COMPARE_POLICY', 'RunSet', 'find_runs', 't_interval', 'bootstrap_interval', 'read_runs', 'flat',
+           'BODY', 'COMPARE_POLICY', 'RunSet', 'find_sweep', 't_interval', 'bootstrap_interval', 'read_runs', 'flat',
            'axes_of', 'grouped', 'notebook_pictures', 'store_picture', 'thinned', 'read_curves', 'run_media',
            'page_data', 'page_head', 'failure_list', 'page_html', 'SweepReport', 'write_comparison']
 
@@ -18,8 +18,8 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from .folder import state_of
 from .report import STYLE, _one_string, _split_title, shown
+from .runs import read_run, read_series
 from .sweep import counts, spoken
 from ..scene.paths import atomic_path, read_json, root, write_json
 
@@ -33,7 +33,7 @@ class RunSet:
     place: Path     # folder of the page
 
 
-def find_runs(
+def find_sweep(
     source:str|Path,      # a sweep's id or its beginning, its file, a notebook's name, or a folder of runs
     runs:Path|None=None,  # folder of all runs, by default runs/ of the project
 ) -> RunSet:
@@ -93,12 +93,13 @@ def bootstrap_interval(
 # %% ../../nbs/jobs/03g_compare.ipynb #2242134a
 def read_runs(
     runs:RunSet,
-) -> list[dict]: # one for each run
+) -> list[dict]: # as the run table has them, with the folder as `home`
     "How every run stands, what it was asked and what it measured."
     rows = []
     for folder in runs.folders:
-        state, spec, metrics = state_of(folder), _json(folder/"spec.json"), _json(folder/"metrics.json")
-        rows.append({"folder": folder, "id": folder.name, "params": spec.get("params", {}), "metrics": flat(metrics), "spec": spec, "state": state})
+        row = read_run(folder)
+        rows.append(row | {"home": folder, "id": folder.name, "metrics": flat(row["metrics"]), "error": row["error"] or row["problem"] or "",
+                           "cards": _json(folder/"spec.json").get("gpus") or 0})
     return rows
 
 
@@ -152,8 +153,8 @@ def grouped(
 
 def _measured(row:dict, name:str) -> float|None:
     "A metric of a run that is done."
-    value = row["state"].get("seconds") if name == "duration" else row["metrics"].get(name)
-    return value if row["state"]["status"] == "done" and _is_number(value) else None
+    value = row["seconds"] if name == "duration" else row["metrics"].get(name)
+    return value if row["status"] == "done" and _is_number(value) else None
 
 def _is_number(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 def _said(value) -> str: return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
@@ -226,19 +227,12 @@ def thinned(
 
 
 def read_curves(
-    path:Path,       # metrics.jsonl of a run
+    folder:Path,     # of a run
     most:int=200,    # points of a curve
 ) -> dict[str, tuple[list, list]]: # metric to steps and values
-    "What a run logged over its steps; of a step that was made twice, the later."
+    "What a run logged over its steps."
     found = {}
-    try: lines = path.read_bytes().splitlines()
-    except FileNotFoundError: return {}
-    for line in lines:
-        try: row = json.loads(line)
-        except ValueError: continue                     # cut by a crash
-        if not isinstance(row, dict) or not _is_number(row.get("step")): continue
-        for name, value in row.items():
-            if name not in ("step", "time", "attempt") and _is_number(value): found.setdefault(name, {})[row["step"]] = value
+    for (name, step), (value, _, _) in read_series(folder).items(): found.setdefault(name, {})[step] = value
     return {name: thinned(*zip(*sorted(curve.items())), most) for name, curve in found.items()}
 
 # %% ../../nbs/jobs/03g_compare.ipynb #b25b67f5
@@ -249,7 +243,7 @@ def run_media(
     most:int,       # points of a curve
 ) -> tuple[dict, bool]: # `pictures`: name to address from the page; `curves`; whether they were made anew
     "The pictures and curves of a run."
-    folder = row["folder"]
+    folder = row["home"]
     own = sorted(path for path in (folder/"artifacts").rglob("*") if path.suffix.lower() in (*KINDS.values(), ".jpeg"))
     stamp = [most] + [_stamp(path) for path in (folder/"out.ipynb", folder/"metrics.jsonl", *own)]
     if known.get("stamp") == stamp and all((place/unquote(url)).exists() for url in known["pictures"].values()): return known, False
@@ -258,7 +252,7 @@ def run_media(
         stored = store_picture(place/"pictures", suffix, content)
         if stored: pictures[name] = f"pictures/{stored}"
     for path in own: pictures[f"artifacts/{path.relative_to(folder/'artifacts')}"] = quote(os.path.relpath(path, place))
-    return {"stamp": stamp, "pictures": pictures, "curves": read_curves(folder/"metrics.jsonl", most)}, True
+    return {"stamp": stamp, "pictures": pictures, "curves": read_curves(folder, most)}, True
 
 
 def _stamp(path:Path) -> list:
@@ -272,7 +266,7 @@ body { max-width: 96rem; } h2 { margin-top: 2.4rem; } [hidden] { display: none !
 .facts b { color: var(--ink); }
 .states { display: flex; height: .6rem; margin: .8rem 0 .3rem; border-radius: 4px; overflow: hidden; gap: 1px; } .states i { min-width: 3px; }
 i.done { background: var(--good); } i.running { background: #0072B2; } i.failed, i.died, i.timeout, i.hung { background: var(--bad); }
-i.queued, i.cancelled, i.interrupted, i.preempted, i.lost { background: var(--dim); }
+i.queued, i.cancelled, i.interrupted, i.preempted, i.lost, i.broken { background: var(--dim); }
 .key { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .85rem; color: var(--dim); } .key span { white-space: nowrap; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 .state { font-weight: 600; color: var(--dim); } .state.done { color: var(--good); } .state.running { color: #3b93d0; }
@@ -423,7 +417,7 @@ function update() {
   const on = D.runs.map(run => tests.every(one => one(run)));
   for (const mark of marks.values()) mark(on);
   at('count').textContent = `${on.filter(Boolean).length} of ${D.runs.length} runs`;
-  at('clear').hidden = !tests.length;
+  at('clear').style.visibility = tests.length ? 'visible' : 'hidden';
 }
 let asked = 0;
 const soon = () => { cancelAnimationFrame(asked); asked = requestAnimationFrame(update); };
@@ -465,6 +459,7 @@ parts.table = () => {
     return head;
   });
   at('runs').replaceChildren(make('table', {}, make('thead', {}, make('tr', {}, make('th', {}), ...heads, make('th', {}))), body));
+  at('runs').style.minHeight = `${at('runs').offsetHeight}px`;      // what lies below stays under the pointer that brushes
   return on => rows.forEach((row, k) => { row.hidden = !on[k]; });
 };
 function hot(k) {                                      // the run under the pointer
@@ -626,7 +621,8 @@ parts.pictures = () => {                               // rows and columns are p
   const names = slot === '' ? [...D.slots.keys()] : [Number(slot)], several = names.length > 1;
   const figures = k => {
     const run = D.runs[k], own = names.filter(n => run.pictures[n]), rest = D.axes.filter(name => name != rows && name != columns);
-    const text = rest.map(name => `${name}=${short(say(column(name).of(run)), 16)}`).join(' ') || (D.axes.length ? '' : run.id);
+    const one = (name, value) => typeof value == 'string' ? short(value, 24) : `${name} ${short(say(value), 16)}`;
+    const text = rest.map(name => one(name, column(name).of(run))).join(', ') || (D.axes.length ? '' : run.id);
     const caption = extra => make('figcaption', {}, text, extra ? make('span', {class: 'dim'}, ` ${extra}`) : '');
     if (!own.length && (run.status != 'done' || slot !== ''))
       return [make('figure', {class: 'none', 'data-k': k}, make('div', {class: `state ${run.status}`, onclick: () => show(k)},
@@ -701,7 +697,7 @@ const hint = `filter: words, or ${D.measured[0] ?? 'duration'}>1`, typed = event
 at('tools').append(make('input', {id: 'filter', type: 'search', placeholder: hint, 'aria-label': 'filter runs', oninput: typed}),
   choice('status', 'state', [['', 'all'], ...states], '', event => { picked.status = event.target.value; soon(); }),
   choice('colour', 'colour', named, hued.name, () => build('lines', 'curves')),
-  make('button', {id: 'clear', hidden: true, onclick: () => {
+  make('button', {id: 'clear', onclick: () => {
     picked.text = picked.status = at('filter').value = at('status').value = '';
     picked.brushes.clear();
     build('lines');
@@ -748,8 +744,7 @@ def page_data(
     slots = list(dict.fromkeys(name for found in media for name in found["pictures"]))[:48]
     logged = list(dict.fromkeys(name for found in media for name in found["curves"]))[:12]
     def run(row, found):
-        state = row["state"]
-        return {"id": row["id"], "status": state["status"], "error": state.get("error", "")[:1000], "seconds": state.get("seconds"),
+        return {"id": row["id"], "status": row["status"], "error": row["error"][:1000], "seconds": row["seconds"],
                 "report": _report(row, place), "params": [_value(row["params"].get(name)) for name in axes],
                 "metrics": [_value(row["metrics"].get(name)) for name in names], "pictures": [found["pictures"].get(name) for name in slots],
                 "curves": {name: found["curves"][name] for name in logged if name in found["curves"]}}
@@ -765,7 +760,7 @@ def _value(value):
 
 def _report(row:dict, place:Path) -> str|None:
     "The address of a run's report, as seen from the page."
-    return quote(os.path.relpath(row["folder"]/"report.html", place)) if (row["folder"]/"report.html").exists() else None
+    return quote(os.path.relpath(row["home"]/"report.html", place)) if (row["home"]/"report.html").exists() else None
 
 # %% ../../nbs/jobs/03g_compare.ipynb #4c0b759d
 def page_head(
@@ -774,15 +769,16 @@ def page_head(
     axes:list[str],   # parameters that differ
 ) -> str: # HTML
     "What the sweep was, how its runs stand, what it cost."
-    about, specs, found = runs.about, [row["spec"] for row in rows if row["spec"]], counts([row["state"] for row in rows])
+    about, found = runs.about, counts(rows)
+    found |= {status: sum(row["status"] == status for row in rows) for status in sorted({row["status"] for row in rows} - set(found))}
     bar = "".join(f'<i class="{status}" style="flex:{count}" title="{count} {status}"></i>' for status, count in found.items())
     key = "".join(f'<span><i class="{status}"></i><b>{count}</b> {status}</span>' for status, count in found.items())
-    commits = sorted({spec["commit"][:10] + " with changes"*bool(spec.get("dirty")) for spec in specs if spec.get("commit")})
+    commits = sorted({row["commit"][:10] + " with changes"*bool(row["dirty"]) for row in rows if row["commit"]})
     sizes = " × ".join(f"{len({json.dumps(row['params'].get(name)) for row in rows})} {name}" for name in axes)
-    notebook = about.get("notebook") or (specs[0].get("notebook") if specs else None) or runs.name
+    notebook = about.get("notebook") or next((row["path"] for row in rows if row["path"]), runs.name)
     facts = [f"sweep {about['id']}" if about else "", str(about.get("created", ""))[:16].replace("T", " "), Path(notebook).name,
              f"{len(rows)} runs" + (f": {sizes}" if sizes else ""), f"commit {', '.join(commits)}" if commits else ""]
-    same = [(name, value) for name, value in (specs[0]["params"] if specs else {}).items() if name not in axes]
+    same = [(name, value) for name, value in (rows[0]["params"] if rows else {}).items() if name not in axes]
     fixed = f'<p class="facts">Same for all: {", ".join(f"{escape(name)} <b>{shown(value)}</b>" for name, value in same)}</p>' if same else ""
     line = "".join(f"<span>{escape(fact)}</span>" for fact in facts if fact)
     return (f'<header><h1>{escape(_title(runs))}</h1><div class="facts">{line}</div><div class="states">{bar}</div><div class="key">{key}</div>'
@@ -798,13 +794,12 @@ def _title(runs:RunSet) -> str:
 
 def _cost(rows:list[dict]) -> str: # HTML
     "What the runs took, in one line."
-    states = [row["state"] for row in rows]
-    attempts = [attempt["seconds"] for state in states for attempt in (state, *state.get("earlier", [])) if attempt.get("seconds") is not None]
+    earlier = [attempt for row in rows for attempt in row["earlier"] if isinstance(attempt, dict)]
+    attempts = [attempt["seconds"] for attempt in (*rows, *earlier) if _is_number(attempt.get("seconds"))]
     if not attempts: return "Nothing has run yet."
-    done = sorted(state["seconds"] for state in states if state["status"] == "done" and "seconds" in state)
-    cards = sum((row["spec"].get("gpus") or 0)*(row["state"].get("seconds") or 0) for row in rows)/3600
-    peak = max(state.get("peak_memory") or 0 for state in states)
-    machines = {(state.get("machine") or {}).get("name") for state in states} - {None}
+    done = sorted(row["seconds"] for row in rows if row["status"] == "done" and row["seconds"] is not None)
+    cards, peak = sum(row["cards"]*(row["seconds"] or 0) for row in rows)/3600, max(row["peak_memory"] or 0 for row in rows)
+    machines = {row["machine"] for row in rows} - {None}
     facts = [f"<b>{spoken(sum(attempts))}</b> of work in {len(attempts)} attempts", f"{cards:.2g} GPU hours" if cards else "",
              f"a run that is done took <b>{spoken(done[len(done)//2])}</b> (median)" if done else "",
              f"at most <b>{peak:.0f} MB</b> of memory" if peak else "", f"on {len(machines)} machine{'s'*(len(machines) > 1)}" if machines else ""]
@@ -819,17 +814,16 @@ def failure_list(
     "Every run that is neither done nor to come, under what it died of."
     causes = {}
     for row in rows:
-        state = row["state"]
-        if state["status"] in ("done", "queued", "running"): continue
-        alike = re.sub(r"[0-9.]+(e[-+]?[0-9]+)?", "#", state.get("error") or "")
-        causes.setdefault((state["status"], alike), []).append(row)
+        if row["status"] in ("done", "queued", "running"): continue
+        alike = re.sub(r"[0-9.]+(e[-+]?[0-9]+)?", "#", row["error"])
+        causes.setdefault((row["status"], alike), []).append(row)
     if not causes: return ""
     def line(row):
         text = escape(" ".join(f"{name}={_said(row['params'].get(name))}" for name in axes)[:200] or row["id"])
         report = _report(row, place)
         return f"<li>{f'<a href={chr(34)}{report}#failed{chr(34)}>{text}</a>' if report else text} <span class=dim>{escape(row['id'])}</span></li>"
     def cause(status, own):
-        error = escape((own[0]["state"].get("error") or "")[:300]) + (" and the like" if len(own) > 1 else "")
+        error = escape(own[0]["error"][:300]) + (" and the like" if len(own) > 1 else "")
         summary = f'<summary><span class="state {status}">{len(own)} {status}</span> <span class="why">{error}</span></summary>'
         return f'<details{" open"*(len(own) <= 8)}>{summary}<ul>{"".join(map(line, own))}</ul></details>'
     listed = sorted(causes.items(), key=lambda item: -len(item[1]))
@@ -878,7 +872,7 @@ def write_comparison(
     out:Path|None=None,   # a file of its own, with its pictures inside; else `sweeps/<id>/report.html` beside the runs
 ) -> SweepReport:
     "Write the page that compares the runs of a sweep."
-    chosen = find_runs(source, runs)
+    chosen = find_sweep(source, runs)
     place, rows = chosen.place, read_runs(chosen)
     axes, most = axes_of(rows), int(np.clip(60_000//max(1, len(rows)), 24, 200))
     known = {name: own for name, own in _json(place/"cache.json").items() if isinstance(own, dict)}

@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 
 from .compare import _data_url, _is_number, _json, flat, read_curves, run_media
-from .folder import state_of
 from .report import STYLE, _one_string
+from .runs import read_run
 from ..scene.paths import atomic_path, root
 
 # %% ../../nbs/jobs/03h_diff.ipynb #993ca98d
@@ -33,14 +33,12 @@ def facts_of(
     folder:Path, # of a run
 ) -> dict[str, dict]: # section to name to value
     "What may tell a run from another."
-    state, spec = state_of(folder), _json(folder/"spec.json")
-    machine = state.get("machine") or {}
-    run = {"state": state["status"], "error": state.get("error"), "duration, s": state.get("seconds"), "peak memory, MB": state.get("peak_memory"),
-           "attempts": state.get("attempt"), "started": state.get("started")}
-    origin = {"notebook": spec.get("notebook"), "commit": spec.get("commit"), "not committed": spec.get("diff") if spec.get("dirty") else None,
-              "packages": spec.get("environment"), **(state.get("versions") or {}), "machine": machine.get("name"), "cores": machine.get("cores"),
-              "engine": state.get("engine")}
-    sections = {"run": run, "parameters": spec.get("params") or {}, "metrics": flat(_json(folder/"metrics.json")), "origin": origin}
+    row = read_run(folder)
+    run = {"state": row["status"], "error": row["error"] or row["problem"], "duration, s": row["seconds"], "peak memory, MB": row["peak_memory"],
+           "attempts": row["attempt"]}
+    origin = {"notebook": row["path"], "commit": row["commit"], "not committed": row["diff"] if row["dirty"] else None,
+              "packages": row["environment"], **row["versions"], **{name: row[name] for name in ("machine", "cores", "gpus", "engine")}}
+    sections = {"run": run, "parameters": row["params"], "metrics": flat(row["metrics"]), "origin": origin}
     return {section: {name: value for name, value in rows.items() if value not in (None, "")} for section, rows in sections.items()}
 
 
@@ -59,7 +57,7 @@ class RunDiff:
     folders: tuple   # of both
     rows: list       # (section, name, first, second) of all, equal or not; None is absent
     cells: list      # (number of the cell, lines of `difflib.ndiff` without hints) of those that differ
-    count: int       # cells that were compared
+    count: int       # cells, those that differ and those that do not
 
     @property
     def differing(self) -> list: return [row for row in self.rows if row[2] != row[3]]
@@ -73,26 +71,29 @@ def diff_runs(
     sides, codes = (facts_of(first), facts_of(second)), (code_of(first), code_of(second))
     rows = [(section, name, *(side[section].get(name) for side in sides))
             for section in sides[0] for name in dict.fromkeys([*sides[0][section], *sides[1][section]])]
-    return RunDiff((first, second), rows, diff_cells(*codes), max(map(len, codes)))
+    cells, equal = diff_cells(*codes)
+    return RunDiff((first, second), rows, cells, equal + len(cells))
 
 
 def diff_cells(
     first:list,  # lines of each cell
     second:list, # likewise
-) -> list: # (number of the cell, from 1; its lines, each after "- ", "+ " or two blanks)
+) -> tuple[list, int]: # (number of the cell, from 1; its lines, each after "- ", "+ " or two blanks); how many are equal
     "Cells that differ."
-    found, matcher = [], difflib.SequenceMatcher(None, ["\n".join(cell) for cell in first], ["\n".join(cell) for cell in second], autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
-        if kind == "equal": continue
-        gone, come = list(range(a, b)), list(range(c, d))
-        for k in gone:
-            like = next((j for j in come if difflib.SequenceMatcher(None, first[k], second[j]).ratio() > 0.5), None)
+    texts, found, equal = [["\n".join(cell) for cell in side] for side in (first, second)], [], 0
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes():
+        if kind == "equal":
+            equal += b - a
+            continue
+        come = list(range(c, d))
+        for k in range(a, b):
+            like = next((j for j in come if difflib.SequenceMatcher(None, texts[0][k], texts[1][j], autojunk=False).ratio() > 0.5), None)
             if like is None: found.append((k + 1, [f"- {line}" for line in first[k]]))
             else:
                 come.remove(like)
                 found.append((like + 1, [line for line in difflib.ndiff(first[k], second[like]) if line[0] != "?"]))
         found += [(j + 1, [f"+ {line}" for line in second[j]]) for j in come]
-    return sorted(found, key=lambda cell: cell[0])
+    return sorted(found, key=lambda cell: cell[0]), equal
 
 # %% ../../nbs/jobs/03h_diff.ipynb #e7433e98
 def diff_text(
@@ -173,7 +174,7 @@ def diff_page(
 # %% ../../nbs/jobs/03h_diff.ipynb #3b19a570
 def _curves(diff:RunDiff) -> str:
     "The series of both runs over each other, as SVG."
-    both = [read_curves(folder/"metrics.jsonl") for folder in diff.folders]
+    both = [read_curves(folder) for folder in diff.folders]
     charts = "".join(_chart(name, [curves.get(name) for curves in both]) for name in list(dict.fromkeys([*both[0], *both[1]]))[:12])
     return f'<h2>Curves</h2><div class="charts">{charts}</div>' if charts else ""
 
@@ -197,7 +198,7 @@ def _pictures(diff:RunDiff) -> str:
     with TemporaryDirectory() as place:
         both = []
         for folder in diff.folders:
-            found = run_media({"folder": folder}, {}, Path(place), 2)[0]["pictures"]
+            found = run_media({"home": folder}, {}, Path(place), 2)[0]["pictures"]
             both.append({name: _data_url(Path(place)/unquote(url)) for name, url in found.items()})
     shots = ""
     for name in list(dict.fromkeys([*both[0], *both[1]]))[:24]:
