@@ -169,8 +169,8 @@ def notebook_pictures(
     notebook:dict, # executed
 ) -> list[tuple[str, str, bytes]]: # name, suffix, content
     "The pictures of a notebook, each with the name of its place."
-    heading, found, seen = "", [], {}
-    for cell in notebook.get("cells", []):
+    heading, found, seen, cells = "", [], {}, notebook.get("cells")
+    for cell in cells if isinstance(cells, list) and all(isinstance(cell, dict) for cell in cells) else ():
         source = _one_string(cell.get("source", ""))
         if cell.get("cell_type") == "markdown":
             heading = (re.findall(r"^#+\s+(.+?)\s*$", source, re.M) or [heading])[-1]
