@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOTALS', 'LIVE', 'COLOURS', 'MOST', 'DASHBOARD_CSS', 'TABLE_JS', 'ROWS_JS', 'PANEL_JS', 'SPLATS', 'PICTURES',
            'Series', 'Watched', 'Board', 'static_page', 'kept_files', 'detail', 'newest_picture', 'Retries', 'Panel',
-           'Answers', 'Dashboard', 'dashboard']
+           'Answers', 'SplatsBelow', 'Dashboard', 'dashboard']
 
 # %% ../../nbs/jobs/07_dashboard.ipynb #d1d7f688
 import base64, io, json, os, queue, threading, time
@@ -57,8 +57,8 @@ TOTALS = ("steps", "iterations", "epochs")     # parameters that say how long a 
 LIVE = ("run.json", "attempts", "cancel", "metrics.json", "metrics.jsonl", "log.txt", "report.html", "artifacts")
 
 
-def _mark(path:Path) -> int:
-    try: return path.stat().st_mtime_ns
+def _mark(path:str|Path) -> int:
+    try: return os.stat(path).st_mtime_ns
     except OSError: return 0
 
 
@@ -66,10 +66,11 @@ class Watched:
     "A run that is looked at again and again."
     def __init__(self, folder:Path):
         self.folder, self.marks, self.row, self.series = folder, None, None, Series(folder/"metrics.jsonl")
+        self.paths = [f"{folder}/{name}" for name in LIVE]     # text: making a `Path` takes longer than looking at it
 
     def look(self) -> bool: # whether it changed
         "See how it stands now."
-        marks = [_mark(self.folder/name) for name in LIVE]
+        marks = [_mark(path) for path in self.paths]
         if marks == self.marks and not (self.row["status"] == "running" and state_of(self.folder)["status"] != "running"): return False
         self.marks, self.row = marks, read_run(self.folder)
         self.series.look()
@@ -488,7 +489,28 @@ class Answers:
         self.panel.send(message)
 
 # %% ../../nbs/jobs/07_dashboard.ipynb #c6b73cf8
-class Dashboard(Answers):
+class SplatsBelow:
+    "The view of splats below the table."
+
+    def _splats(self, files:list[Path], name:str|None) -> tuple[str, str]:
+        "A view of the splats that a run kept, below the table."
+        from zerolab.view.widgets import view
+        path = next((path for path in files if path.name == name), files[0] if files else None)
+        if path is None: return "note", "This run keeps no splats among its artifacts."
+        self.view = view(path, size=(360, 480), static=False, title=path.name)
+        several = ipywidgets.Dropdown(options=[path.name for path in files], value=path.name, description="file")
+        run = self.now[0]
+        several.observe(lambda change: self.asked.put({"kind": "open", "id": run, "what": "splats", "file": change["new"]}), "value")
+        self.place.children = ([several] if len(files) > 1 else []) + [self.view]
+        return "note", path.name
+
+    def _close_view(self):
+        if self.place is not None: self.place.children = []
+        if self.view is not None: self.view.close()
+        self.view = None
+
+# %% ../../nbs/jobs/07_dashboard.ipynb #bcdb1a86
+class Dashboard(Answers, SplatsBelow):
     "The runs of a sweep, live; show it under a cell."
     def __init__(self,
         source:str|Path,      # a sweep's id or its beginning, its file, a notebook's name, or a folder of runs
@@ -526,23 +548,6 @@ class Dashboard(Answers):
             except Exception as error:     # a folder that went, a file that is none: said on the page, and the next look may be better
                 about = {"id": self.now[0], "what": self.now[1], "has": ["live", "log"], "can": []}
                 self.panel.send({"kind": "detail", **about, "error": f"{type(error).__name__}: {error}"})
-
-    def _splats(self, files:list[Path], name:str|None) -> tuple[str, str]:
-        "A view of the splats that a run kept, below the table."
-        from zerolab.view.widgets import view
-        path = next((path for path in files if path.name == name), files[0] if files else None)
-        if path is None: return "note", "This run keeps no splats among its artifacts."
-        self.view = view(path, size=(360, 480), static=False, title=path.name)
-        several = ipywidgets.Dropdown(options=[path.name for path in files], value=path.name, description="file")
-        run = self.now[0]
-        several.observe(lambda change: self.asked.put({"kind": "open", "id": run, "what": "splats", "file": change["new"]}), "value")
-        self.place.children = ([several] if len(files) > 1 else []) + [self.view]
-        return "note", path.name
-
-    def _close_view(self):
-        if self.place is not None: self.place.children = []
-        if self.view is not None: self.view.close()
-        self.view = None
 
     def _repr_mimebundle_(self, **kwargs):
         from zerolab.view.remote import has_front_end
