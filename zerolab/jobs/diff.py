@@ -103,7 +103,7 @@ def diff_text(
     "The difference for a terminal."
     rows = diff.rows if every else diff.differing
     names = ["", *(folder.name for folder in diff.folders)]
-    width = [max([len(names[k]), 12, *(len(_cut(row[k + 1], 44)) + 2 for row in rows)]) for k in range(3)]
+    width = [max([len(names[k]) + 2, 12, *(len(_cut(row[k + 1], 44)) + (2 if k else 4) for row in rows)]) for k in range(3)]
     def line(*cells): return "".join(f"{cell:<{size}}" for cell, size in zip(cells, [*width, 0]))
     lines = [line(*names)]
     for section in dict.fromkeys(row[0] for row in diff.rows):
@@ -142,7 +142,8 @@ pre span { display: block; } pre .gone { background: color-mix(in srgb, #D55E00 
 pre .come { background: color-mix(in srgb, #0072B2 26%, transparent); } .a { color: #D55E00; } .b { color: #2a8fd0; }
 .shots { display: grid; grid-template-columns: 1fr 1fr; gap: .2rem 1rem; } .shots p { grid-column: 1 / 3; margin: .8rem 0 0; }
 .shots img { margin: 0; }
-svg { width: 100%; max-width: 26rem; } svg text { font: 11px system-ui, sans-serif; fill: var(--dim); } svg path { fill: none; stroke-width: 1.6; }
+svg { width: 100%; max-width: 26rem; overflow: visible; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--dim); } svg path { fill: none; stroke-width: 1.6; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } .charts figure { margin: 0; flex: 1 1 18rem; } figcaption { font-size: .9rem; }
 """
 
