@@ -13,8 +13,8 @@ from sweeping import FATES, FaultySweep, Marked, check_fates, command, plan_fate
 from zerolab.jobs import cli
 from zerolab.jobs.fleet import Local
 from zerolab.jobs.folder import attempt_files, cancel, state_of, take_run
-from zerolab.jobs.run import JobError, Limits, requests, write_request
-from zerolab.jobs.sweep import Span, missing, plan_sweep, random_points, read_points, run_sweep
+from zerolab.jobs.run import JobError, Limits, notebook_parameters, requests, write_request
+from zerolab.jobs.sweep import Span, grid, missing, plan_sweep, random_points, read_points, run_sweep
 
 
 @pytest.fixture(scope="module")
@@ -288,3 +288,24 @@ def test_draws_stay_within_their_span(low, width, log, seed):
     for point in random_points({"x": Span(low, low + width, log)}, 20, seed): assert low <= point["x"] <= low + width and isinstance(point["x"], int)
     span = Span(low / 7, (low + width) / 7, log)
     for point in random_points({"x": span}, 20, seed): assert span.low * 0.999 <= point["x"] <= span.high * 1.001
+
+
+def test_a_run_cancelled_while_it_waits_is_not_started(tmp_path):
+    class Busy:
+        "Room for one; a run ends when the next look is taken, and by then somebody has cancelled the third."
+        name, capacity = "busy", 1
+        def __init__(self): self.started, self.out = [], []
+        def submit(self, folder, number):
+            self.started.append(folder.name)
+            self.out.append(folder)
+            (folder / "run.json").write_text(json.dumps({"status": "done", "attempt": 1, "cause": "", "error": "", "seconds": 1.}))
+            (plan.folders[2] / "cancel").touch()
+        def poll(self): return [self.out.pop()] if self.out else []
+    plan = plan_sweep(write_notebook(tmp_path / "a.ipynb", "x", parameters="x = 1"), grid({"x": [1, 2, 3]}), runs=tmp_path / "runs")
+    launcher, said = Busy(), []
+    states = run_sweep(plan, launcher, say=said.append)
+    assert [state["status"] for state in states] == ["done", "done", "cancelled"] and launcher.started == [folder.name for folder in plan.folders[:2]]
+    assert len(said) == 3 and "cancelled" in said[2]
+    (plan.folders[2] / "cancel").unlink()
+    assert [state["status"] for state in run_sweep(plan, launcher, say=said.append)][:2] == ["done", "done"]
+    assert launcher.started[2:] == [plan.folders[2].name], "a later sweep makes it"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASH', 'SUMMARY', 'ENDINGS', 'EXAMPLES', 'RUNS_EXAMPLES', 'run_command', 'axis_of', 'split_values', 'points_of',
-           'sweep_command', 'cancel_command', 'completion_command', 'version_command', 'make_command', 'data_command',
-           'download_command', 'convert_command', 'view_command', 'main']
+           'sweep_command', 'cancel_command', 'report_command', 'diff_command', 'completion_command', 'version_command',
+           'make_command', 'data_command', 'download_command', 'convert_command', 'view_command', 'main']
 
 # %% ../../nbs/jobs/04_cli.ipynb #14816328
 import argparse, itertools, os, re, signal, sys, threading
@@ -153,6 +153,42 @@ def cancel_command(
         if state in ("queued", "running"): cancel(found[0])
         print(f"zerolab: {_near(found[0])} " + {"running": "will stop", "queued": "will not start"}.get(state, f"is {state}"))
     return 0
+
+# %% ../../nbs/jobs/04_cli.ipynb #f941c9f2
+def report_command(
+    options, # parsed arguments
+) -> int: # exit code
+    "Write the page of a sweep, of a folder of runs, or of one run."
+    from zerolab.jobs.compare import write_comparison
+    from zerolab.jobs.report import write_report
+    if (Path(options.source)/"spec.json").is_file():
+        if options.out: raise ValueError("--out is for sweeps: the report of a run is report.html in its folder")
+        print(f"zerolab: {_near(write_report(options.source).resolve())}")
+        return 0
+    written = write_comparison(options.source, out=options.out)
+    print(f"zerolab: {written.runs} runs, {written.anew} of them read anew: {_near(written.path)}")
+    return 0
+
+def diff_command(
+    options, # parsed arguments
+) -> int: # exit code
+    "Say what differs between two runs: parameters, metrics, code, commit, machine."
+    from zerolab.jobs.diff import diff_page, diff_runs, diff_text, find_run
+    difference = diff_runs(*(find_run(name) for name in options.runs))
+    print(diff_text(difference, options.all))
+    if options.page: print(f"zerolab: {_near(diff_page(difference, options.page).absolute())}")
+    return 0
+
+def _add_reports(verbs):
+    add = verbs.add_parser("report", help="write the page of a sweep", description=report_command.__doc__)
+    add.add_argument("source", metavar="SWEEP", help="a sweep's id or its beginning, a notebook (its newest sweep), a folder of runs, or a run's folder")
+    add.add_argument("--out", type=Path, metavar="FILE", help="one file with all pictures inside (default: sweeps/<id>/report.html beside the runs)")
+    add.set_defaults(command=report_command)
+    add = verbs.add_parser("diff", help="say what differs between two runs", description=diff_command.__doc__)
+    add.add_argument("runs", nargs=2, metavar="RUN", help="a run's folder, or the beginning of its id")
+    add.add_argument("--all", action="store_true", help="also what is equal")
+    add.add_argument("--page", type=Path, metavar="FILE", help="write it as HTML as well, with curves and pictures side by side")
+    add.set_defaults(command=diff_command)
 
 # %% ../../nbs/jobs/04_cli.ipynb #496925f7
 def completion_command(
@@ -357,6 +393,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_sweep(verbs)
     _add_runs(verbs)
+    _add_reports(verbs)
     _add_data(verbs)
     _add_convert(verbs)
     _add_view(verbs)

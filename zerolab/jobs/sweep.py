@@ -223,9 +223,11 @@ class Sweep:
             self.todo.remove(item)
             _, k, attempt = item
             folder = self.plan.folders[k]
+            if (state := state_of(folder))["status"] == "cancelled":     # while it waited
+                self._end(k, state)
+                continue
             self.tries[k] = self.tries.get(k, 0) + 1
             self.running[folder] = k
-            if self.tries[k] == 1: (folder/"cancel").unlink(missing_ok=True)
             self.launcher.submit(folder, attempt + 1)
 
     def collect(self):
@@ -271,6 +273,7 @@ def run_sweep(
     write_plan(plan)
     states = plan.states()
     todo = missing(states, only_failed)[:limit]
+    for k in todo: (plan.folders[k]/"cancel").unlink(missing_ok=True)     # that was asked of an earlier sweep
     sweep = Sweep(plan, launcher, retries, pause, max_fail, say)
     sweep.todo = [(0., k, states[k]["attempt"]) for k in todo]
     sweep.elsewhere = [k for k, state in enumerate(states) if state["status"] == "running"] if limit is None else []
