@@ -112,8 +112,9 @@ def _executor(folder:Path, cluster:str|None, wanted:dict, options:dict):
     try: executor = submitit.AutoExecutor(folder=folder/"%j", cluster=cluster)
     except RuntimeError as error: raise ValueError(f"no SLURM here: {error}") from None
     wanted = {name: value for name, value in wanted.items() if value is not None} | {"name": "zerolab", "slurm_signal_delay_s": 90}
-    executor.update_parameters(**wanted, slurm_additional_parameters={"requeue": True, "open-mode": "append"},
-                               **{name if "_" in name else f"slurm_{name}": value for name, value in options.items()})
+    own = {name if "_" in name else f"slurm_{name}": value for name, value in options.items()}
+    try: executor.update_parameters(**wanted, slurm_additional_parameters={"requeue": True, "open-mode": "append"}, **own)
+    except (NameError, TypeError, ValueError) as error: raise ValueError(f"SLURM options {own}: {str(error).splitlines()[0]}") from None
     return executor
 
 def _known(launcher:Slurm) -> set[str]:
