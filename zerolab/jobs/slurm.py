@@ -94,9 +94,7 @@ class Slurm:
         "Cancel every task that is left."
         for job in self.jobs.values(): job.cancel(check=False)
         deadline = time.monotonic() + patience
-        while self.jobs and time.monotonic() < deadline:
-            self.poll()
-            time.sleep(0.2)
+        while self.jobs and time.monotonic() < deadline: self.wait(0.2 * (not self.poll()))
         self.jobs = {}
 
     def __enter__(self): return self
