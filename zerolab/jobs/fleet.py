@@ -102,13 +102,7 @@ class Local:
         if self.nursery: select.select([self.nursery.stdout], [], [], seconds)
         else: time.sleep(seconds)
 
-    def cancel(self, folder:Path):
-        "Have a run stopped."
-        cancel(folder)
-
-    def logs(self, folder:Path) -> str:
-        "The end of its log."
-        return read_log(folder)
+    cancel, logs = staticmethod(cancel), staticmethod(read_log)   # its folder is all that is needed
 
     def close(self, patience:float=15.):
         "Send SIGTERM to all workers, wait, and kill what is left."

@@ -81,13 +81,7 @@ class RayCluster:
         if self.running: self.ray.wait(list(self.running), num_returns=1, timeout=seconds)
         else: time.sleep(seconds)
 
-    def cancel(self, folder:Path):
-        "Have a run stopped."
-        cancel(folder)
-
-    def logs(self, folder:Path) -> str:
-        "The end of its log."
-        return read_log(folder)
+    cancel, logs = staticmethod(cancel), staticmethod(read_log)   # its folder is all that is needed
 
     def close(self, patience:float=15.):
         "Cancel what is left, wait, and leave the cluster; our own one ends."

@@ -78,9 +78,7 @@ class Slurm:
         for folder in gone: del self.jobs[folder]
         return gone
 
-    def wait(self, seconds:float):
-        "The queue has to be asked: there is nothing to wait for but the time."
-        time.sleep(seconds)
+    wait = staticmethod(time.sleep)   # the queue has to be asked: it does not say when something has changed
 
     def cancel(self, folder:Path):
         "Have a run stopped; one that has not started is taken off the queue."
@@ -96,9 +94,7 @@ class Slurm:
         "Cancel every task that is left."
         for job in self.jobs.values(): job.cancel(check=False)
         deadline = time.monotonic() + patience
-        while self.jobs and time.monotonic() < deadline:
-            self.poll()
-            time.sleep(0.2)
+        while self.jobs and time.monotonic() < deadline: self.wait(0.2 * (not self.poll()))
         self.jobs = {}
 
     def __enter__(self): return self
@@ -112,8 +108,9 @@ def _executor(folder:Path, cluster:str|None, wanted:dict, options:dict):
     try: executor = submitit.AutoExecutor(folder=folder/"%j", cluster=cluster)
     except RuntimeError as error: raise ValueError(f"no SLURM here: {error}") from None
     wanted = {name: value for name, value in wanted.items() if value is not None} | {"name": "zerolab", "slurm_signal_delay_s": 90}
-    executor.update_parameters(**wanted, slurm_additional_parameters={"requeue": True, "open-mode": "append"},
-                               **{name if "_" in name else f"slurm_{name}": value for name, value in options.items()})
+    own = {name if "_" in name else f"slurm_{name}": value for name, value in options.items()}
+    try: executor.update_parameters(**wanted, slurm_additional_parameters={"requeue": True, "open-mode": "append"}, **own)
+    except (NameError, TypeError, ValueError) as error: raise ValueError(f"SLURM options {own}: {str(error).splitlines()[0]}") from None
     return executor
 
 def _known(launcher:Slurm) -> set[str]:
