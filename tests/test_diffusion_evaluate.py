@@ -40,7 +40,7 @@ def test_a_ball_contradicts_itself_nowhere_and_one_of_another_size_does(azimuths
     assert reprojection_error(swollen, cameras).silhouette.item() > 0.08
     painted = clean.clone()
     painted[0, 0] = ball(cameras, 0.6, (0.2, 0.2, 0.8))[0]
-    assert reprojection_error(painted, cameras).colour.item() > 0.1
+    assert reprojection_error(painted, cameras).colour.item() > 0.9*(0.6 + 0 + 0.7)/3/len(cameras)      # all of one view is of another colour
 
 
 def test_hull_does_not_depend_on_the_order_of_views_or_the_batch():
@@ -75,7 +75,7 @@ def test_foreground_keeps_the_half_of_a_blurred_edge():
     pictures[..., 8:] = 0.3
     pictures[..., 4:13] = 1 - 0.7*ramp
     mask = foreground(pictures)[0, 0, 0]
-    assert abs(float(mask[8]) - 0.5) < 0.08 and mask[4] == 0 and mask[12] == 1
+    assert mask[7] < 0.5 < mask[8] and mask[4] == 0 and mask[12] == 1
 
 
 @pytest.mark.parametrize("size", [(8, 8), (31, 17), (32, 64)])
