@@ -185,8 +185,8 @@ class Alignment:
     def __str__(self):
         cut = f"{self.cut} cut at {self.limit} tokens" if self.cut else f"none over {self.limit} tokens"
         unknown = f", {self.unknown} with unknown words" if self.unknown else ""
-        return (f"{self.judge}: {'; '.join(map(str, self.recalls))}; CLIP score {self.score.value:.3f} ({self.score.low:.3f} to {self.score.high:.3f}), "
-                f"with wrong prompts {self.wrong_score:.3f}; {self.objects} objects, {self.views} views, {self.prompts} prompts, {cut}{unknown}")
+        return (f"{self.judge}: {'; '.join(map(str, self.recalls))}; CLIP score {self.score.value:.3f} ({self.score.low:.3f} to "
+                f"{self.score.high:.3f}), with wrong prompts {self.wrong_score:.3f}; {self.objects} objects, {self.views} views, {self.prompts} prompts, {cut}{unknown}")
     __repr__ = __str__
 
 
@@ -216,7 +216,8 @@ def measure_alignment(
     "CLIP score and CLIP-R@k."
     pictures = check_pictures(pictures, "measure_alignment")
     if isinstance(prompts, str) or len(prompts) != len(pictures):
-        raise ValueError(f"measure_alignment: {1 if isinstance(prompts, str) else len(prompts)} prompts for {len(pictures)} objects: need one for each")
+        given = 1 if isinstance(prompts, str) else len(prompts)
+        raise ValueError(f"measure_alignment: {given} prompts for {len(pictures)} objects: need a list with one for each")
     corpus = list(dict.fromkeys([*prompts, *distractors]))
     if len(corpus) < 2: raise ValueError(f"measure_alignment: all prompts are {corpus[0]!r}: retrieval needs two different ones, see distractors")
     place = {prompt: number for number, prompt in enumerate(corpus)}

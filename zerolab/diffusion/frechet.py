@@ -33,7 +33,8 @@ def _distance(features, mean, factor):
 def _check_features(features, owner, name):
     features = torch.as_tensor(features).detach().cpu().double()
     if features.ndim != 2: raise ValueError(f"{owner}: {name} features have shape {list(features.shape)}, need [n,d]")
-    if len(features) < 2: raise ValueError(f"{owner}: {name} features are of {len(features)} pictures: a covariance needs at least 2, better 10 for each of d")
+    if len(features) < 2:
+        raise ValueError(f"{owner}: {name} features are of {len(features)} pictures: a covariance needs at least 2, better 10 for each of d")
     if not features.isfinite().all(): raise ValueError(f"{owner}: {name} features hold NaN or infinity")
     return features
 
