@@ -111,7 +111,7 @@ def load_dual_encoder(
     path: str | Path,             # a folder, or an id on the hub
     *,
     revision: str | None = None,  # of the hub
-    device: str = "cpu",
+    device: str = "cpu",          # where the model is put
 ) -> DualEncoder:
     "Read a dual encoder in the format of transformers."
     import transformers
@@ -204,7 +204,7 @@ def _prompt_rows(corpus, similarity, truth, tokens, limit, k):
                      "nearest other prompt": corpus[int(others.argmax())], "its score": round(float(others.max()), 4)})
     return tuple(rows)
 
-
+# %% ../../nbs/diffusion/05_alignment.ipynb #d8975p17
 def measure_alignment(
     encoder: DualEncoder,
     pictures: Tensor,             # [N,V,3,h,w] in [0,1]

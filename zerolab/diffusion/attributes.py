@@ -95,7 +95,7 @@ class ViewBatches:
     def state_dict(self) -> dict: return dict(step=self.step)
     def load_state_dict(self, state: dict): self.step = state["step"]
 
-
+# %% ../../nbs/diffusion/04c_attributes.ipynb #31ec5p17
 CLASSIFIER_TRAINING = TrainConfig(steps=480, learning_rate=4e-3, warmup=30, weight_decay=0.01, clip_norm=5., ema_decay=0.97, log_every=25)
 
 

@@ -127,7 +127,7 @@ def train_dual_encoder(
     save_dual_encoder(folder, network, tokenizer)
     return history
 
-
+# %% ../../nbs/diffusion/05a_dual_encoder.ipynb #f4875p17
 def save_dual_encoder(
     folder: str | Path,           # replaced
     network,                      # CLIPModel

@@ -84,7 +84,7 @@ def _extrapolate(features, reference, generator, repeats=4):
     slope = ((x - x.mean())*(y - y.mean())).sum()/(x - x.mean()).square().sum()
     return float(y.mean() - slope*x.mean())
 
-
+# %% ../../nbs/diffusion/04b_frechet.ipynb #54b15p17
 def measure_frechet(
     features: Tensor,             # [n,d] of some pictures
     reference: Tensor,            # [m,d] of others, by the same feature function
