@@ -186,7 +186,8 @@ class Alignment:
         cut = f"{self.cut} cut at {self.limit} tokens" if self.cut else f"none over {self.limit} tokens"
         unknown = f", {self.unknown} with unknown words" if self.unknown else ""
         return (f"{self.judge}: {'; '.join(map(str, self.recalls))}; CLIP score {self.score.value:.3f} ({self.score.low:.3f} to "
-                f"{self.score.high:.3f}), with wrong prompts {self.wrong_score:.3f}; {self.objects} objects, {self.views} views, {self.prompts} prompts, {cut}{unknown}")
+                f"{self.score.high:.3f}), with wrong prompts {self.wrong_score:.3f}; "
+                f"{self.objects} objects, {self.views} views, {self.prompts} prompts, {cut}{unknown}")
     __repr__ = __str__
 
 
