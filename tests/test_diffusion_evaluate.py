@@ -29,7 +29,10 @@ def ball(cameras, radius, colour=(0.8, 0.2, 0.1)):
     return 1 - mask*(1 - torch.tensor(colour)[:, None, None])
 
 
-@pytest.mark.parametrize("azimuths, elevations", [([0, 90, 180, 270], 20.), ([0, 60, 200], 0.), ([10, 75, 130, 190, 250, 310], [0, 40, -30, 10, 60, 5])])
+RIGS = ([0, 90, 180, 270], 20.), ([0, 60, 200], 0.), ([10, 75, 130, 190, 250, 310], [0, 40, -30, 10, 60, 5])
+
+
+@pytest.mark.parametrize("azimuths, elevations", RIGS)
 def test_a_ball_contradicts_itself_nowhere_and_one_of_another_size_does(azimuths, elevations):
     cameras = orbit(azimuths, elevations, 2.7, size=(32, 32))
     clean = ball(cameras, 0.6)[None]
@@ -40,7 +43,7 @@ def test_a_ball_contradicts_itself_nowhere_and_one_of_another_size_does(azimuths
     assert reprojection_error(swollen, cameras).silhouette.item() > 0.08
     painted = clean.clone()
     painted[0, 0] = ball(cameras, 0.6, (0.2, 0.2, 0.8))[0]
-    assert reprojection_error(painted, cameras).colour.item() > 0.1
+    assert reprojection_error(painted, cameras).colour.item() > 0.9*(0.6 + 0 + 0.7)/3/len(cameras)      # all of one view is of another colour
 
 
 def test_hull_does_not_depend_on_the_order_of_views_or_the_batch():
@@ -75,7 +78,7 @@ def test_foreground_keeps_the_half_of_a_blurred_edge():
     pictures[..., 8:] = 0.3
     pictures[..., 4:13] = 1 - 0.7*ramp
     mask = foreground(pictures)[0, 0, 0]
-    assert abs(float(mask[8]) - 0.5) < 0.08 and mask[4] == 0 and mask[12] == 1
+    assert mask[7] < 0.5 < mask[8] and mask[4] == 0 and mask[12] == 1
 
 
 @pytest.mark.parametrize("size", [(8, 8), (31, 17), (32, 64)])
@@ -95,11 +98,13 @@ def test_turntables():
 @pytest.mark.parametrize("n, m, d", [(300, 200, 8), (30, 40, 8), (9, 200, 8)])
 def test_frechet_against_the_matrix_root_and_its_invariances(n, m, d):
     generator = torch.Generator().manual_seed(n)
-    one, two = (torch.randn(k, d, generator=generator).double() @ torch.randn(d, d, generator=generator).double() + shift for k, shift in ((n, 0), (m, 1)))
+    def drawn(*shape): return torch.randn(*shape, generator=generator).double()
+    one, two = drawn(n, d) @ drawn(d, d), drawn(m, d) @ drawn(d, d) + 1
     covariances = [np.cov(x.numpy(), rowvar=False) for x in (one, two)]
-    expected = float((one.mean(0) - two.mean(0)).square().sum()) + np.trace(sum(covariances)) - 2*np.trace(sqrtm(covariances[0] @ covariances[1]).real)
+    root = sqrtm(covariances[0] @ covariances[1]).real
+    expected = float((one.mean(0) - two.mean(0)).square().sum()) + np.trace(sum(covariances)) - 2*np.trace(root)
     assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-5)
-    turn = torch.linalg.qr(torch.randn(d, d, generator=generator).double()).Q
+    turn = torch.linalg.qr(drawn(d, d)).Q
     assert frechet_distance(one @ turn + 3, two @ turn + 3) == pytest.approx(frechet_distance(one, two), rel=1e-8)
     assert frechet_distance(2*one, 2*two) == pytest.approx(4*frechet_distance(one, two), rel=1e-8)
 

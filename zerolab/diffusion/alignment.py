@@ -111,7 +111,7 @@ def load_dual_encoder(
     path: str | Path,             # a folder, or an id on the hub
     *,
     revision: str | None = None,  # of the hub
-    device: str = "cpu",
+    device: str = "cpu",          # where the model is put
 ) -> DualEncoder:
     "Read a dual encoder in the format of transformers."
     import transformers
@@ -185,8 +185,9 @@ class Alignment:
     def __str__(self):
         cut = f"{self.cut} cut at {self.limit} tokens" if self.cut else f"none over {self.limit} tokens"
         unknown = f", {self.unknown} with unknown words" if self.unknown else ""
-        return (f"{self.judge}: {'; '.join(map(str, self.recalls))}; CLIP score {self.score.value:.3f} ({self.score.low:.3f} to {self.score.high:.3f}), "
-                f"with wrong prompts {self.wrong_score:.3f}; {self.objects} objects, {self.views} views, {self.prompts} prompts, {cut}{unknown}")
+        return (f"{self.judge}: {'; '.join(map(str, self.recalls))}; CLIP score {self.score.value:.3f} ({self.score.low:.3f} to "
+                f"{self.score.high:.3f}), with wrong prompts {self.wrong_score:.3f}; "
+                f"{self.objects} objects, {self.views} views, {self.prompts} prompts, {cut}{unknown}")
     __repr__ = __str__
 
 
@@ -204,7 +205,7 @@ def _prompt_rows(corpus, similarity, truth, tokens, limit, k):
                      "nearest other prompt": corpus[int(others.argmax())], "its score": round(float(others.max()), 4)})
     return tuple(rows)
 
-
+# %% ../../nbs/diffusion/05_alignment.ipynb #d8975p17
 def measure_alignment(
     encoder: DualEncoder,
     pictures: Tensor,             # [N,V,3,h,w] in [0,1]
@@ -216,7 +217,8 @@ def measure_alignment(
     "CLIP score and CLIP-R@k."
     pictures = check_pictures(pictures, "measure_alignment")
     if isinstance(prompts, str) or len(prompts) != len(pictures):
-        raise ValueError(f"measure_alignment: {1 if isinstance(prompts, str) else len(prompts)} prompts for {len(pictures)} objects: need one for each")
+        given = 1 if isinstance(prompts, str) else len(prompts)
+        raise ValueError(f"measure_alignment: {given} prompts for {len(pictures)} objects: need a list with one for each")
     corpus = list(dict.fromkeys([*prompts, *distractors]))
     if len(corpus) < 2: raise ValueError(f"measure_alignment: all prompts are {corpus[0]!r}: retrieval needs two different ones, see distractors")
     place = {prompt: number for number, prompt in enumerate(corpus)}

@@ -95,8 +95,8 @@ class ViewBatches:
     def state_dict(self) -> dict: return dict(step=self.step)
     def load_state_dict(self, state: dict): self.step = state["step"]
 
-
-CLASSIFIER_TRAINING = TrainConfig(steps=400, learning_rate=4e-3, warmup=30, weight_decay=0.01, clip_norm=5., ema_decay=0.97, log_every=25)
+# %% ../../nbs/diffusion/04c_attributes.ipynb #31ec5p17
+CLASSIFIER_TRAINING = TrainConfig(steps=480, learning_rate=4e-3, warmup=30, weight_decay=0.01, clip_norm=5., ema_decay=0.97, log_every=25)
 
 
 def train_classifier(
@@ -112,7 +112,8 @@ def train_classifier(
 ) -> tuple[AttributeClassifier, History]:
     "A classifier from nothing."
     if labels.shape != (len(pictures), len(words)):
-        raise ValueError(f"train_classifier: labels have shape {list(labels.shape)}, need {[len(pictures), len(words)]}: a number for each of {', '.join(words)}")
+        raise ValueError(f"train_classifier: labels have shape {list(labels.shape)}, need {[len(pictures), len(words)]}: "
+                         f"a number for each of {', '.join(words)}")
     for column, (name, known) in zip(labels.T, words.items()):
         if column.min() < 0 or column.max() >= len(known):
             raise ValueError(f"train_classifier: {name} is numbered {int(column.min())} to {int(column.max())}, there are {len(known)} words for it")

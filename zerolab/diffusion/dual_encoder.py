@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alignment import Alignment, load_dual_encoder, measure_alignment
 from .attributes import ViewBatches
 from ..scene.paths import atomic_path, write_json
 from ..train.loop import History, TrainConfig, train
@@ -32,7 +31,8 @@ def word_tokenizer(
     "A tokenizer with a fixed vocabulary; other words become [UNK]."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    if len(set(words)) != len(words) or not words: raise ValueError(f"word_tokenizer: {len(words)} words, {len(set(words))} different: need each once")
+    if len(set(words)) != len(words) or not words:
+        raise ValueError(f"word_tokenizer: {len(words)} words, {len(set(words))} different: need each once")
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate([*MARKS, *words])}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -46,8 +46,8 @@ class DualEncoderConfig:
     "The shape of a small CLIP."
     size: int = 32                # of pictures on a side
     patch: int = 8                # of the picture encoder, on a side
-    width: int = 96               # numbers of a token, both encoders
-    depth: int = 3                # layers, both encoders
+    width: int = 64               # numbers of a token, both encoders
+    depth: int = 2                # layers, both encoders
     heads: int = 4                # of attention
     joint: int = 64               # numbers of the space that both share
     limit: int = 16               # tokens of a prompt
@@ -84,7 +84,7 @@ def contrastive_loss(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))/2
 
 
-DUAL_ENCODER_TRAINING = TrainConfig(steps=1200, learning_rate=1.5e-3, warmup=100, weight_decay=0.05, clip_norm=5., ema_decay=0.99, log_every=50)
+DUAL_ENCODER_TRAINING = TrainConfig(steps=700, learning_rate=3e-3, warmup=50, clip_norm=5., ema_decay=0.98, log_every=25)
 
 
 def train_dual_encoder(
@@ -95,7 +95,7 @@ def train_dual_encoder(
     words: Sequence[str] | None = None, # of the tokenizer; those of the prompts if None
     model: DualEncoderConfig = DualEncoderConfig(),
     config: TrainConfig = DUAL_ENCODER_TRAINING,
-    batch: int = 128,                # views a step
+    batch: int = 96,                 # views a step
     out: str | Path | None = None,   # folder of the run: metrics and checkpoints to go on from; a temporary one if None
     progress: bool = True,           # show a bar
 ) -> History:
@@ -127,7 +127,7 @@ def train_dual_encoder(
     save_dual_encoder(folder, network, tokenizer)
     return history
 
-
+# %% ../../nbs/diffusion/05a_dual_encoder.ipynb #f4875p17
 def save_dual_encoder(
     folder: str | Path,           # replaced
     network,                      # CLIPModel
@@ -138,7 +138,8 @@ def save_dual_encoder(
     with atomic_path(folder) as temporary:
         network.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_json(temporary/"preprocessor_config.json", dict(image_processor_type="CLIPImageProcessor", do_resize=True, size=dict(shortest_edge=size),
-                   resample=3, do_center_crop=True, crop_size=dict(height=size, width=size), do_rescale=True, rescale_factor=1/255,
-                   do_normalize=True, image_mean=list(MEAN), image_std=list(STD), do_convert_rgb=True))
+        write_json(temporary/"preprocessor_config.json", dict(
+            image_processor_type="CLIPImageProcessor", do_resize=True, size=dict(shortest_edge=size), resample=3, do_center_crop=True,
+            crop_size=dict(height=size, width=size), do_rescale=True, rescale_factor=1/255, do_normalize=True, image_mean=list(MEAN),
+            image_std=list(STD), do_convert_rgb=True))
     return Path(folder)

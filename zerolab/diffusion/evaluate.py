@@ -6,18 +6,16 @@
 __all__ = ['is_turntable', 'Evaluation', 'evaluate_views']
 
 # %% ../../nbs/diffusion/06_evaluate.ipynb #1b646781
-import math
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from .alignment import DualEncoder, measure_alignment
 from .attributes import AttributeClassifier, AttributeReport, attribute_report, read_attributes
 from .consistency import check_pictures, colour_spread, high_frequency_ratio, hue_error, mirror_error, reprojection_error, row_error
 from .frechet import frechet_distances
-from .intervals import Estimate, mean_interval
+from .intervals import mean_interval
 from ..scene.cameras import Cameras
 
 # %% ../../nbs/diffusion/06_evaluate.ipynb #619abc81
@@ -73,7 +71,8 @@ def evaluate_views(
         if classifier is None: raise ValueError("evaluate_views: labels are for a classifier, and there is none")
         report = attribute_report(read_attributes(classifier, pictures)[0], labels, unseen)
     if references is not None:
-        if features is None and classifier is None: raise ValueError("evaluate_views: a Frechet distance needs features, or a classifier that has some")
+        if features is None and classifier is None:
+            raise ValueError("evaluate_views: a Frechet distance needs features, or a classifier that has some")
         features = features or (lambda pictures: read_attributes(classifier, pictures)[1])
         distances = tuple(frechet_distances(features(pictures), {name: features(reference) for name, reference in references.items()}))
     if encoders and prompts is None: raise ValueError(f"evaluate_views: {len(encoders)} encoders and no prompts")

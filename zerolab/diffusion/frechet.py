@@ -33,7 +33,8 @@ def _distance(features, mean, factor):
 def _check_features(features, owner, name):
     features = torch.as_tensor(features).detach().cpu().double()
     if features.ndim != 2: raise ValueError(f"{owner}: {name} features have shape {list(features.shape)}, need [n,d]")
-    if len(features) < 2: raise ValueError(f"{owner}: {name} features are of {len(features)} pictures: a covariance needs at least 2, better 10 for each of d")
+    if len(features) < 2:
+        raise ValueError(f"{owner}: {name} features are of {len(features)} pictures: a covariance needs at least 2, better 10 for each of d")
     if not features.isfinite().all(): raise ValueError(f"{owner}: {name} features hold NaN or infinity")
     return features
 
@@ -83,7 +84,7 @@ def _extrapolate(features, reference, generator, repeats=4):
     slope = ((x - x.mean())*(y - y.mean())).sum()/(x - x.mean()).square().sum()
     return float(y.mean() - slope*x.mean())
 
-
+# %% ../../nbs/diffusion/04b_frechet.ipynb #54b15p17
 def measure_frechet(
     features: Tensor,             # [n,d] of some pictures
     reference: Tensor,            # [m,d] of others, by the same feature function
