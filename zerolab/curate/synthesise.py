@@ -7,7 +7,6 @@ __all__ = ['FLAWS', 'Flaws', 'blur_pictures', 'turn_hue', 'displace', 'Emulated'
 
 # %% ../../nbs/curate/01_synthesise.ipynb #40beeb1e
 from dataclasses import dataclass, fields
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F
