@@ -10,9 +10,10 @@ from zerolab.diffusion.alignment import hits_at, load_dual_encoder, measure_alig
 from zerolab.diffusion.attributes import (THING_WORDS, AttributeClassifier, ClassifierConfig, ViewBatches, attribute_report, caption_scores,
                                           load_classifier, read_attributes, save_classifier)
 from zerolab.diffusion.consistency import band_power, foreground, hue_error, mirror_error, reprojection_error, row_error
-from zerolab.diffusion.dual_encoder import DualEncoderConfig, build_dual_encoder, save_dual_encoder, word_tokenizer
+from zerolab.diffusion.dual_encoder import DualEncoderConfig, build_dual_encoder, save_dual_encoder
 from zerolab.diffusion.evaluate import is_turntable
 from zerolab.diffusion.frechet import frechet_distance, measure_frechet
+from zerolab.diffusion.text import word_tokenizer
 from zerolab.diffusion.intervals import mean_interval, wilson
 from zerolab.scene.cameras import orbit
 from zerolab.shapes.things import WORDS, Thing

@@ -13,7 +13,7 @@ from sweeping import FATES, FaultySweep, Marked, check_fates, command, plan_fate
 from zerolab.jobs import cli
 from zerolab.jobs.fleet import Local
 from zerolab.jobs.folder import attempt_files, cancel, state_of, take_run
-from zerolab.jobs.run import JobError, Limits, notebook_parameters, requests, write_request
+from zerolab.jobs.run import JobError, Limits, requests, write_request
 from zerolab.jobs.sweep import Span, grid, missing, plan_sweep, random_points, read_points, run_sweep
 
 

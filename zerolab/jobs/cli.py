@@ -173,8 +173,8 @@ def diff_command(
     options, # parsed arguments
 ) -> int: # exit code
     "Say what differs between two runs: parameters, metrics, code, commit, machine."
-    from zerolab.jobs.diff import diff_page, diff_runs, diff_text, find_run
-    difference = diff_runs(*(find_run(name) for name in options.runs))
+    from zerolab.jobs.diff import diff_page, diff_runs, diff_text, find_folder
+    difference = diff_runs(*(find_folder(name) for name in options.runs))
     print(diff_text(difference, options.all))
     if options.page: print(f"zerolab: {_near(diff_page(difference, options.page).absolute())}")
     return 0
