@@ -39,7 +39,7 @@ step "notebooks clean" notebooks_clean
 step "kernels"         timeout 600 python tests/compile_kernels.py
 # Not in runs/scratch, where an old run would go on; and not with the kernels that numba kept of cells as they were before.
 mkdir "$copy/cache"
-step "notebooks run"   timeout 900 env ZEROLAB_RUN_DIR="$copy/run" XDG_CACHE_HOME="$copy/cache" nbdev_test --n_workers 2
+step "notebooks run"   timeout 1800 env ZEROLAB_RUN_DIR="$copy/run" XDG_CACHE_HOME="$copy/cache" nbdev_test --n_workers 2
 step "documentation"   timeout 600 python -m zerolab.dev.site build
-timeout 900 python -m pytest tests || failed=1
+timeout 1800 python -m pytest tests || failed=1
 exit $failed
