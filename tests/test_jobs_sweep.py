@@ -301,6 +301,7 @@ def test_a_run_cancelled_while_it_waits_is_not_started(tmp_path):
             (folder / "run.json").write_text(json.dumps({"status": "done", "attempt": 1, "cause": "", "error": "", "seconds": 1.}))
             (plan.folders[2] / "cancel").touch()
         def poll(self): return [self.out.pop()] if self.out else []
+        def wait(self, seconds): pass
     plan = plan_sweep(write_notebook(tmp_path / "a.ipynb", "x", parameters="x = 1"), grid({"x": [1, 2, 3]}), runs=tmp_path / "runs")
     launcher, said = Busy(), []
     states = run_sweep(plan, launcher, say=said.append)
