@@ -61,14 +61,19 @@ def turn_hue(
     return torch.einsum("nij,njhw->nihw", matrix, images).clamp(0, 1)
 
 
+def _pixel_centres(height, width):
+    "Where pixels are [H,W,2], (right, down), pixels."
+    down, right = torch.meshgrid(torch.arange(height) + .5, torch.arange(width) + .5, indexing="ij")
+    return torch.stack([right, down], -1)
+
+
 def displace(
     images: Tensor,          # [N,C,H,W] on white
     flow: Tensor,            # [N,H,W,2] where each pixel is taken from, (right, down) of itself, pixels
 ) -> Tensor:                 # [N,C,H,W]
     "Pictures whose pixels are taken from elsewhere, bilinearly."
     height, width = images.shape[-2:]
-    down, right = torch.meshgrid(torch.arange(height) + .5, torch.arange(width) + .5, indexing="ij")
-    place = (torch.stack([right, down], -1) + flow)/torch.tensor([width, height])*2 - 1
+    place = (_pixel_centres(height, width) + flow)/torch.tensor([width, height])*2 - 1
     return 1 - F.grid_sample(1 - images, place.to(images.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
 
 # %% ../../nbs/curate/01_synthesise.ipynb #f7b7866a
@@ -105,9 +110,7 @@ def emulate(
     flat = {name: value.flatten() for name, value in sizes.items()}
     images = pictures[:, 1:].flatten(0, 1).float()/255
     flow = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)*flat["swim"][:, None, None, None]
-    middle = torch.tensor([width, height])/2
-    down, right = torch.meshgrid(torch.arange(height) + .5, torch.arange(width) + .5, indexing="ij")
-    outward = torch.stack([right, down], -1) - middle
+    outward = _pixel_centres(height, width) - torch.tensor([width, height])/2
     flow = flow + outward*(torch.exp(-flat["scale"])[:, None, None, None] - 1)
     flow[..., 1] += flat["shift"][:, None, None]*height
     images = turn_hue(blur_pictures(displace(images, flow), flat["blur"]), flat["hue"]).reshape(count, views - 1, 3, height, width)
