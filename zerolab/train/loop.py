@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'progress_at', 'learning_rate_at', 'make_optimizer', 'MovingAverage', 'world_size', 'world_rank',
-           'agree', 'average_gradients', 'move', 'TrainState', 'use_bfloat16', 'train_step', 'save_state',
+           'agree', 'average_gradients', 'move', 'TrainState', 'forward_precision', 'train_step', 'save_state',
            'restore_state', 'MetricsFile', 'metrics_row', 'deferred_signals', 'History', 'train', 'seed_everything']
 
 # %% ../../nbs/train/01_loop.ipynb #5dd2315e
@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
@@ -23,6 +23,7 @@ from typing import Callable, Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..scene.paths import atomic_path
@@ -185,12 +186,16 @@ class TrainState:
     def done(self) -> bool: return progress_at(self.step, self.seconds, self.config) >= 1
 
 # %% ../../nbs/train/01_loop.ipynb #f09266d5
-def use_bfloat16(
+@contextmanager
+def forward_precision(
     precision:str,           # see `TrainConfig`
     device:torch.device,
-) -> bool:
-    "Whether the forward pass runs in bfloat16 where that is safe."
-    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+):
+    "Within it the forward pass runs in bfloat16, where that is asked for and safe."
+    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    # On a CPU the backward pass of PyTorch's fused attention is several times slower in bfloat16 than in float32; that of the plain formula is not.
+    attention = sdpa_kernel(SDPBackend.MATH) if half and device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=half), attention: yield
 
 
 def train_step(
@@ -204,7 +209,7 @@ def train_step(
     try: batch = move(next(state.batches), device)
     except StopIteration: raise ValueError(f"train: the batches ended after step {state.step} of {config.steps}; give an endless iterator") from None
     state.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config.precision, device)):
+    with forward_precision(config.precision, device):
         value, details = loss(state.model, batch, state.step)
     value.backward()
     average_gradients(state.model)
