@@ -11,7 +11,7 @@ __all__ = ['ROOMS', 'SECTIONS', 'IMAGE_KINDS', 'README_NOTE', 'split_directives'
            'write_readme', 'main']
 
 # %% ../../nbs/dev/00_site.ipynb #bf694f95
-import argparse, base64, contextlib, hashlib, html, itertools, json, os, re, shutil, subprocess, sys
+import argparse, base64, contextlib, hashlib, html, itertools, json, os, re, shutil, subprocess, sys, typing
 from configparser import ConfigParser
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -305,7 +305,9 @@ def process_notebooks(
     workers: int = 2, # processes
 ) -> Path: # folder of processed notebooks
     "Let nbdev add API entries and drop what is hidden."
+    import traitlets
     from nbdev.serve import proc_nbs
+    traitlets.traitlets.Self = typing.Self  # it imports the name for type checkers alone, and on older Pythons a signature of a widget evaluates it
     shutil.rmtree(folder / "_proc", ignore_errors=True)
     with contextlib.chdir(folder):
         try: proc_nbs(n_workers=workers)
