@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'DISTILLATION', 'DistillConfig', 'PromptBatches', 'rig_cameras', 'PromptTexts', 'generator_condition',
-           'PhiLearner', 'regularise', 'marching', 'Distillation', 'check_distillation', 'distill_generator',
-           'draw_prompts', 'live_view']
+           'PhiLearner', 'regularise', 'marching', 'Distillation', 'distill_step', 'gradient_ratio',
+           'check_distillation', 'distill_generator', 'draw_prompts', 'live_view']
 
 # %% ../../nbs/distill/04_train.ipynb #4e9b08a4
 from dataclasses import dataclass, replace
@@ -266,36 +266,42 @@ class Distillation(nn.Module):
             cond, negatives = view_conditions(told, batch["azimuth"].flatten(), batch["elevation"].flatten(), strength=self.config.view_prompts)
         return cond, nothing, negatives, plain
 
-    def forward(self,
-        batch: dict,                      # of `PromptBatches`
-        progress: float,                  # of the run, 0 to 1
-        compare: bool = False,            # measure the gradients of guidance and regularisers against each other: one backward pass more of each
-    ) -> tuple[Tensor, dict]:             # loss, and what is worth logging
-        "Draw, ask the prior, and make a loss of its answer."
-        numbers, config = batch["generator"], self.config
-        colour = random_background(config.random_background, len(batch["rows"]), numbers)
-        if colour is None and config.background is not None: colour = torch.tensor(config.background)
-        scene, picture, cameras = self.draw(batch, colour)
-        images = picture.rgb.movedim(-1, -3)                                   # [B,V,3,H,W]
-        x = self.prior.encode(images if self.prior.views > 1 else images.flatten(0, 1), numbers)
-        cond, nothing, negatives, plain = self.conditions(batch, cameras)
-        more = dict(phi=self.learner.phi, phi_cond=plain) if self.learner else {}
-        gradient, said = distill(self.prior, x, cond, self.recipe, numbers, progress=progress, uncond=nothing, negatives=negatives, **more)
-        guidance, terms = push(x, gradient), regularise(scene, picture, config, progress)
-        details = dict(t=said["t"].float().mean(), delta_t=said["delta_t"].float().mean(), guidance_norm=gradient.flatten(1).norm(dim=1).mean(),
-                       alpha=picture.alpha.mean(), **{name: said[name].mean() for name in ("cosine_sds", "cosine_csd") if name in said}, **terms)
-        if self.learner: details["phi_error"] = self.learner.fit(x, plain, numbers)
-        if compare and terms: details["guidance_ratio"] = self.compare(guidance, sum(terms.values()))
-        self.seen = dict(x=x, gradient=gradient, **{name: said[name] for name in ("x0", "x0_later") if name in said})
-        self.seen = {name: value.detach() for name, value in self.seen.items()}
-        return guidance + sum(terms.values()), {name: float(torch.as_tensor(value).detach()) for name, value in details.items()}
+# %% ../../nbs/distill/04_train.ipynb #81ab8121
+def distill_step(
+    model: Distillation,
+    batch: dict,                      # of `PromptBatches`
+    progress: float,                  # of the run, 0 to 1
+    compare: bool = False,            # measure the gradients of guidance and regularisers against each other
+) -> tuple[Tensor, dict]:             # loss, and what is worth logging
+    "Draw, ask the prior, and make a loss whose gradient is its answer."
+    numbers, config, prior, learner = batch["generator"], model.config, model.prior, model.learner
+    colour = random_background(config.random_background, len(batch["rows"]), numbers)
+    if colour is None and config.background is not None: colour = torch.tensor(config.background)
+    scene, picture, cameras = model.draw(batch, colour)
+    images = picture.rgb.movedim(-1, -3)                                   # [B,V,3,H,W]
+    x = prior.encode(images if prior.views > 1 else images.flatten(0, 1), numbers)
+    cond, nothing, negatives, plain = model.conditions(batch, cameras)
+    more = dict(phi=learner.phi, phi_cond=plain) if learner else {}
+    gradient, said = distill(prior, x, cond, model.recipe, numbers, progress=progress, uncond=nothing, negatives=negatives, **more)
+    guidance, terms = push(x, gradient), regularise(scene, picture, config, progress)
+    details = dict(t=said["t"].float().mean(), delta_t=said["delta_t"].float().mean(), guidance_norm=gradient.flatten(1).norm(dim=1).mean(),
+                   alpha=picture.alpha.mean(), **{name: said[name].mean() for name in ("cosine_sds", "cosine_csd") if name in said}, **terms)
+    if learner: details["phi_error"] = torch.tensor(learner.fit(x, plain, numbers))
+    if compare and terms: details["guidance_ratio"] = gradient_ratio(model.generator, guidance, sum(terms.values()))
+    model.seen = {name: value.detach() for name, value in dict(x=x, gradient=gradient, **said).items() if name in ("x", "gradient", "x0", "x0_later")}
+    return guidance + sum(terms.values()), {name: float(value.detach()) for name, value in details.items()}
 
-    def compare(self, guidance, regulariser):
-        "How much longer the guidance's gradient is, with respect to the generator's weights."
-        weights = [weight for weight in self.generator.parameters() if weight.requires_grad]
-        norms = [torch.stack([g.norm() for g in torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) if g is not None]).norm()
-                 for loss in (guidance, regulariser)]
-        return norms[0]/norms[1].clamp(min=1e-12)
+
+def gradient_ratio(
+    generator: nn.Module,
+    guidance: Tensor,                 # a loss
+    regulariser: Tensor,              # another one
+) -> Tensor:                          # how much longer the first one's gradient is
+    "Compare two gradients with respect to a generator's weights."
+    weights = [weight for weight in generator.parameters() if weight.requires_grad]
+    found = [torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) for loss in (guidance, regulariser)]
+    norms = [torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm() for gradients in found]
+    return norms[0]/norms[1].clamp(min=1e-12)
 
 # %% ../../nbs/distill/04_train.ipynb #cfb1640c
 @torch.no_grad()
@@ -335,7 +341,7 @@ def distill_generator(
     if getattr(prior, "tokenizer", None) is not None: check_words(prior.tokenizer, prompts)
     model = Distillation(generator, prior, prompts, config, phi=phi, store=store)
     check_distillation(model, move(next(PromptBatches(prompts, config, prior.views)), next(generator.parameters()).device))
-    def loss(model, batch, step): return model(batch, step/training.steps, (step + 1) % training.log_every == 0)
+    def loss(model, batch, step): return distill_step(model, batch, step/training.steps, (step + 1) % training.log_every == 0)
     history = train(model, PromptBatches(prompts, config, prior.views), loss, training, out, **options)
     generator.load_state_dict({name.removeprefix("generator."): value for name, value in history.average.items() if name.startswith("generator.")})
     generator.eval()
