@@ -266,7 +266,7 @@ class Distillation(nn.Module):
             cond, negatives = view_conditions(told, batch["azimuth"].flatten(), batch["elevation"].flatten(), strength=self.config.view_prompts)
         return cond, nothing, negatives, plain
 
-# %% ../../nbs/distill/04_train.ipynb #81ab8121
+# %% ../../nbs/distill/04_train.ipynb #91dc03b7
 def distill_step(
     model: Distillation,
     batch: dict,                      # of `PromptBatches`
