@@ -18,6 +18,8 @@ from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+import traitlets
+
 # %% ../../nbs/dev/00_site.ipynb #79825d4b
 from ..scene.paths import root
 
@@ -300,14 +302,17 @@ def write_sources(
     return pages
 
 # %% ../../nbs/dev/00_site.ipynb #8b6875b6
+# The processes that nbdev starts import this module first. traitlets imports `Self` for type checkers alone, and on older Pythons the signature of a widget
+# evaluates it.
+traitlets.traitlets.Self = typing.Self
+
+
 def process_notebooks(
     folder: Path, # the project's root
     workers: int = 2, # processes
 ) -> Path: # folder of processed notebooks
     "Let nbdev add API entries and drop what is hidden."
-    import traitlets
     from nbdev.serve import proc_nbs
-    traitlets.traitlets.Self = typing.Self  # it imports the name for type checkers alone, and on older Pythons a signature of a widget evaluates it
     shutil.rmtree(folder / "_proc", ignore_errors=True)
     with contextlib.chdir(folder):
         try: proc_nbs(n_workers=workers)

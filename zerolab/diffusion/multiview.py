@@ -16,7 +16,7 @@ from torch import Tensor
 from .hub import CheckpointPrior
 from .priors import guided_output, schedule_of
 from .views import attend_across_views
-from ..scene.paths import write_json
+from ..scene.paths import read_json, write_json
 
 # %% ../../nbs/diffusion/02_multiview.ipynb #ab6196da
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ def save_multiview(
     folder, schedule = Path(folder), schedule_of(scheduler)
     network_part = "transformer" if config.body == "canvas" else "unet"
     parts = {network_part: network, "scheduler": scheduler, "text_encoder": text_encoder, "tokenizer": tokenizer} | ({"vae": vae} if vae else {})
-    for name, part in parts.items(): part.save_pretrained(folder/name)
+    for name, part in parts.items():
+        part.save_pretrained(folder/name)
+        path = folder/name/"config.json"                     # of a network that was loaded: it remembers from where
+        if path.exists(): write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
     index = dict(_class_name="DiffusionPipeline", views=config.views, layout=config.body, prediction_type=schedule.prediction_type,
                  num_train_timesteps=schedule.T, multiview=asdict(config))
     libraries = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
