@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESERVE', 'JobError', 'Parameter', 'notebook_parameters', 'check_parameters', 'parse_value', 'record', 'log_metrics',
-           'checkpoint_dir', 'artifact', 'commit_of', 'diff_of', 'environment_hash', 'surroundings', 'find_notebook',
-           'without_grammar', 'read_notebook', 'claim_folder', 'Tee', 'code_hash', 'run_id', 'Limits', 'Request',
-           'requests', 'write_request', 'origin_of', 'Watch', 'gpu_memory', 'RunResult', 'RunInterrupted',
+           'checkpoint_dir', 'artifact', 'commit_of', 'diff_of', 'environment_hash', 'surroundings', 'add_to_record',
+           'find_notebook', 'without_grammar', 'read_notebook', 'claim_folder', 'Tee', 'code_hash', 'run_id', 'Limits',
+           'Request', 'requests', 'write_request', 'origin_of', 'Watch', 'gpu_memory', 'RunResult', 'RunInterrupted',
            'execute_run', 'deferred_stop', 'run_notebook']
 
 # %% ../../nbs/jobs/02_run.ipynb #9d551d7c
@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 from .folder import beat, is_mine, state_of, take_run, this_process
-from ..scene.paths import atomic_path, read_json, root, run_dir, write_json
+from ..scene.paths import atomic_path, data_dir, read_json, root, run_dir, write_json
 
 # %% ../../nbs/jobs/02_run.ipynb #6aa4638e
 class JobError(ValueError):
@@ -182,6 +182,29 @@ def surroundings() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"versions": {"zerolab": zerolab.__version__, "torch": installed("torch"), "python": platform.python_version()},
             "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": cores, "name": platform.node()}}
+
+# %% ../../nbs/jobs/02_run.ipynb #2d904221
+def add_to_record(
+    name:str, # the record is data/results/<name>.json
+    key:str, # of what is added: a seed, or a point of a grid
+    entry:dict, # its numbers, merged with those that are there
+    settings:dict, # parameters that all entries share
+    **more, # about all entries, such as what theory says; the newest is kept
+) -> Path: # of the record
+    "Add the numbers of a run to a record; the name of the machine stays out of it."
+    from zerolab.data.catalog import claimed
+    path, about = data_dir()/"results"/f"{name}.json", surroundings()
+    about["machine"].pop("name")
+    settings = json.loads(json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(path.with_suffix(".lock")):
+        known = read_json(path) if path.exists() else {"parameters": settings, "entries": {}}
+        if known["parameters"] != settings:
+            raise JobError(f"{path.name} holds runs with other parameters, {known['parameters']}: choose another name, or the same ones")
+        known |= about | commit_of(root()) | more
+        known["entries"][key] = known["entries"].get(key, {}) | entry
+        write_json(path, known)
+    return path
 
 # %% ../../nbs/jobs/02_run.ipynb #83c76378
 def find_notebook(
