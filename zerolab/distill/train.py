@@ -24,7 +24,7 @@ from .fields import FAST, Field, MarchConfig
 from .generators import draw, random_background
 from .ingp import INGP
 from .objectives import OBJECTIVES, RECIPES, VIEWS, Recipe, choose, distill, push, view_conditions, vsd
-from .prompts import checked_prompts, rows_at
+from .prompts import Corpus, checked_prompts, rows_at
 from .regularisers import eikonal, opacity_entropy, orientation, sparsity
 from .triplane import TriplaneConfig
 from .variational import fit_phi, lora_copy
@@ -76,7 +76,7 @@ class DistillConfig:
             raise ValueError(f"DistillConfig: elevations are {self.elevations}, need lowest and highest, from -90 to 90 degrees")
         if not 0 <= self.random_background <= 1: raise ValueError(f"DistillConfig: random_background is {self.random_background}, need a share, 0 to 1")
         if self.told not in (*TOLD, "auto"): raise ValueError(f"DistillConfig: told is {self.told!r}, need one of auto, {', '.join(TOLD)}")
-        if self.recipe.objective in OBJECTIVES: choose("objective", OBJECTIVES, self.recipe.objective)
+        _ = self.recipe          # refuses unknown names
 
     @property
     def recipe(self) -> Recipe:
@@ -326,7 +326,7 @@ def check_distillation(
 def distill_generator(
     generator: nn.Module,             # from `make_generator`, on its device; holds the averaged weights at the end
     prior: Prior,                     # frozen
-    prompts: str | Sequence[str],     # one or many; a `Corpus` has them in `train`
+    prompts: str | Sequence[str] | Corpus, # one or many; of a corpus, those in `train`
     config: DistillConfig,
     training: TrainConfig,            # such as DISTILLATION
     out: str | Path,                  # folder of the run: metrics.jsonl and checkpoints; a run that is there goes on
@@ -336,7 +336,8 @@ def distill_generator(
     **options,                        # `progress`, `on_log`, `max_seconds` and `monitor` of `train`
 ) -> History:
     "Teach a generator to draw what a prior likes to see."
-    prompts = checked_prompts([prompts] if isinstance(prompts, str) else list(prompts), "prompts")
+    prompts = [prompts] if isinstance(prompts, str) else prompts.train if isinstance(prompts, Corpus) else list(prompts)
+    prompts = checked_prompts(prompts, "prompts")
     if training.time_budget: raise ValueError("distill_generator: timesteps are annealed over steps: give `steps`, not a time_budget")
     if getattr(prior, "tokenizer", None) is not None: check_words(prior.tokenizer, prompts)
     model = Distillation(generator, prior, prompts, config, phi=phi, store=store)
