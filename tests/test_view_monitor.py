@@ -110,6 +110,26 @@ def test_buttons_from_another_thread_hold_and_end_a_run(tmp_path, live):
     assert history.seconds < time.perf_counter() - monitor.began - 0.2, "a pause is no time of training"
 
 
+def test_resume_while_a_pause_begins_is_heard(monkeypatch):
+    monitor, presses = Monitor(), []
+    say = monitor._say
+
+    def interrupted(state):
+        "The other thread presses Resume between the question for a pause and its answer."
+        if state == "paused":
+            presses.append(threading.Thread(target=monitor.resume))
+            presses[0].start()
+            presses[0].join(0.2)
+        say(state)
+
+    monkeypatch.setattr(monitor, "_say", interrupted)
+    monitor.watch.state = "running"
+    monitor.pause()
+    monitor.wish
+    presses[0].join(5)
+    assert monitor.wish is None and monitor.watch.state == "running"
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     monitor = Monitor(TRUTH, pictures, every=3)
     def stopping(model, batch, step):

@@ -103,7 +103,6 @@ def sweep_command(
 ) -> int: # exit code
     "Make every run of a sweep that is missing."
     from zerolab.jobs.run import Limits, find_notebook, notebook_parameters, read_notebook
-    from zerolab.jobs.runs import compact
     from zerolab.jobs.sweep import cost_card, counts, missing, plan_sweep, run_sweep
     path = find_notebook(options.notebook)
     limits = Limits(options.timeout, options.hang, options.memory, options.gpus)
@@ -120,7 +119,9 @@ def sweep_command(
     choice = dict(retries=options.retries, max_fail=options.max_fail, limit=options.limit, only_failed=options.only_failed)
     try: states = run_sweep(plan, launcher, **choice, say=_say)
     finally: launcher.close()
-    if len(todo) >= MANY_RUNS: compact(options.runs)
+    if len(todo) >= MANY_RUNS:
+        from zerolab.jobs.runs import compact
+        compact(options.runs)
     print(f"zerolab: {_counted(counts(states))}; in {_near(plan.parent)}; `zerolab report {_near(plan.parent)}` makes one page of them")
     return 0 if all(state["status"] == "done" for state in states) else 1
 

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from .compare import _data_url, _is_number, _json, flat, read_curves, run_media
-from .housekeeping import find_run
+from .housekeeping import find_run, side_by_side
 from .report import STYLE, _one_string
 from .runs import read_run, runs_folder
 from ..scene.paths import atomic_path
@@ -67,8 +67,7 @@ def diff_runs(
 ) -> RunDiff:
     "What differs between two runs."
     sides, codes = (facts_of(first), facts_of(second)), (code_of(first), code_of(second))
-    rows = [(section, name, *(side[section].get(name) for side in sides))
-            for section in sides[0] for name in dict.fromkeys([*sides[0][section], *sides[1][section]])]
+    rows = [(section, name, *values) for section, name, values in side_by_side(sides)]
     cells, equal = diff_cells(*codes)
     return RunDiff((first, second), rows, cells, equal + len(cells))
 

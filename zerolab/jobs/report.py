@@ -141,9 +141,10 @@ a { color: inherit; } img { display: block; max-width: 100%; height: auto; margi
 .two { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); } .two > div { min-width: 0; }
 .scroll { overflow-x: auto; overflow-wrap: normal; } table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { color: var(--dim); font-weight: 600; } .pairs { width: 100%; overflow-wrap: anywhere; } .pairs td:first-child { color: var(--dim); }
+th { color: var(--dim); font-weight: 600; } .pairs { width: 100%; overflow-wrap: anywhere; } .pairs td:first-child { color: var(--dim); min-width: 8rem; }
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .numbers td:last-child, .numbers th:last-child { padding-right: 0; } .set { font-weight: 600; }
+.pairs.numbers td:last-child { white-space: normal; min-width: 6rem; }
 pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(--soft); border-radius: 4px;
       font: 13px/1.45 ui-monospace, Consolas, monospace; overflow-wrap: normal; }
 pre.stderr { color: var(--dim); } pre.error { border-left: 4px solid var(--bad); } code { font: .88em ui-monospace, Consolas, monospace; }

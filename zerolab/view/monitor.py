@@ -661,8 +661,9 @@ class Observer:
     @property
     def wish(self):
         "What the buttons say: None, pause or stop."
-        if self.wanted == "pause" and self.watch.state == "pausing": self._say("paused")
-        return self.wanted
+        with self.lock:     # a press of Resume just now would be followed by "paused"
+            if self.wanted == "pause" and self.watch.state == "pausing": self._say("paused")
+            return self.wanted
 
     def end(self, state, error):
         "The run is over, one way or the other."
@@ -677,19 +678,22 @@ class Observer:
 
     def pause(self):
         "Hold the run after this step."
-        if self.watch.state == "running":
+        with self.lock:
+            if self.watch.state != "running": return
             self.wanted = "pause"
             self._say("pausing")
 
     def resume(self):
         "Go on."
-        if self.wanted == "pause":
+        with self.lock:
+            if self.wanted != "pause": return
             self.wanted = None
             self._say("running")
 
     def stop(self):
         "End the run after this step, with a checkpoint."
-        if self.watch.state in ("running", "pausing", "paused"):
+        with self.lock:
+            if self.watch.state not in ("running", "pausing", "paused"): return
             self.wanted = "stop"
             self._say("stopping")
 
