@@ -79,7 +79,10 @@ def same(a, b):
     for name, value in a.items(): assert torch.equal(value, b[name]), name
 
 
-def error(generator, prior, config=MULTI): return (draw_prompts(generator, prior, PROMPTS, config=config) - prior.truth).square().mean((1, 2, 3, 4))
+def error(generator, prior, config=MULTI):
+    drawn = draw_prompts(generator, prior, PROMPTS, config=config)
+    assert drawn.shape == prior.truth.shape
+    return (drawn - prior.truth).square().mean((1, 2, 3, 4))
 
 
 @pytest.mark.parametrize("objective", ["sds", "asd"])
@@ -202,12 +205,12 @@ def test_the_ratio_measures_the_weight_of_a_regulariser(exact):
 
 def test_live_pictures(exact):
     model = Distillation(fresh(), exact, PROMPTS, MULTI)
-    assert [picture.shape for picture in live_view(model)] == [(SIZE, 4*SIZE, 3)]*4
+    assert [picture.shape for picture in live_view(model)] == [(2*SIZE, 2*SIZE, 3)]*4
     distill_step(model, next(PromptBatches(PROMPTS, MULTI, 4)), 0.)
     shown = live_view(model)
-    assert [picture.shape for picture in shown] == [(SIZE, 4*SIZE, 3)]*4
+    assert [picture.shape for picture in shown] == [(2*SIZE, 2*SIZE, 3)]*4
     assert all(0 <= picture.min() and picture.max() <= 1 for picture in shown)
-    assert torch.allclose(shown[0][:, :SIZE], model.prior.decode(model.seen["x"])[0, 0].permute(1, 2, 0).clamp(0, 1))
+    assert torch.allclose(shown[0][:SIZE, :SIZE], model.prior.decode(model.seen["x"])[0, 0].permute(1, 2, 0).clamp(0, 1))
 
 
 def test_ranks_have_different_prompts_and_numbers(monkeypatch):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..diffusion.hub import CheckpointPrior
 from ..diffusion.priors import Prior, check_prediction_type, take_condition
 from ..diffusion.text import check_words
+from ..diffusion.views import tile_views
 from .embeddings import VIEW_SUFFIXES, Embeddings, with_views
 from .fields import FAST, Field, MarchConfig
 from .generators import draw, random_background
@@ -361,7 +362,7 @@ def draw_prompts(
 ) -> Tensor:                          # [N,V,3,H,W] in [0,1]
     "Pictures of prompts, by a generator alone."
     turns, ups = torch.arange(4)[None]*90., torch.full((1, 4), sum(config.elevations)/2)
-    cameras = rig_cameras(turns, ups, config)[0] if cameras is None else cameras
+    cameras = rig_cameras(turns, ups, config).unstack()[0] if cameras is None else cameras
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     said, found = prior.condition(prompts), []
     for row in range(len(prompts)):
@@ -376,10 +377,11 @@ def live_view(
     model: Distillation,              # as the monitor gives it
 ) -> list:                            # of pictures [h,w,3] in [0,1]
     "The first prompt of the last step: what was drawn, what the prior saw in it at t and at t + delta t, and where it pushes (grey: nowhere)."
-    views = model.prior.views if model.prior.views > 1 else model.config.views
-    if model.seen is None: return [torch.ones(model.config.size, views*model.config.size, 3)]*4        # before the first step
-    def side_by_side(x): return x.reshape(-1, *x.shape[-3:])[:views].permute(2, 0, 3, 1).flatten(1, 2).clamp(0, 1)
+    views, size = model.prior.views if model.prior.views > 1 else model.config.views, model.config.size
+    columns = 2 if views % 2 == 0 else views
+    if model.seen is None: return [torch.ones(size*views//columns, size*columns, 3)]*4        # before the first step
+    def tiled(x): return tile_views(x.reshape(1, views, *x.shape[-3:]), columns)[0].permute(1, 2, 0).clamp(0, 1)
     def first(name): return model.seen[name][:1 if model.prior.views > 1 else views]
     gradient = first("gradient")[..., :3, :, :]
     shown = [model.prior.decode(first(name)) for name in ("x", "x0", "x0_later") if name in model.seen]
-    return [side_by_side(picture) for picture in [*shown, 0.5 - 0.5*gradient/gradient.abs().max().clamp(min=1e-12)]]
+    return [tiled(picture) for picture in [*shown, 0.5 - 0.5*gradient/gradient.abs().max().clamp(min=1e-12)]]
