@@ -248,7 +248,8 @@ def prompt_distance(
     of_texts = _apart(weights, asked, torch.ones(P, dtype=torch.float64))
     if of_texts[0] < 1e-6: return None
     ratio = _apart(weights, sums, counts)/of_texts
-    low, high = ratio[1:][of_texts[1:] > 1e-6].quantile(torch.tensor([(1 - LEVEL)/2, (1 + LEVEL)/2], dtype=torch.float64)).tolist()
+    known = ((weights > 0).sum(1) > 1) & (of_texts > 1e-6)                        # draws with a pair in them
+    low, high = ratio[1:][known[1:]].quantile(torch.tensor([(1 - LEVEL)/2, (1 + LEVEL)/2], dtype=torch.float64)).tolist()
     return Estimate(float(ratio[0]), low, high, P)
 
 
