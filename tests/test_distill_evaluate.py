@@ -117,6 +117,15 @@ def test_an_interval_of_the_spread_covers_what_it_should():
     assert hits/150 > .85
 
 
+def test_few_prompts_have_an_interval_too():
+    "Of two prompts every second draw has no pair, of which nothing may be left in the quantiles."
+    generator = torch.Generator().manual_seed(2)
+    for P in (2, 3, 4):
+        objects, texts = (F.normalize(torch.randn(n, 7, generator=generator), dim=-1) for n in (3*P, P))
+        found = prompt_distance(objects, texts, torch.arange(3*P) % P)
+        assert math.isfinite(found.low) and found.low <= found.value + 1e-9 and found.value <= found.high + 1e-9
+
+
 def test_what_has_no_spread_has_no_number():
     objects = F.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     assert prompt_distance(objects, torch.eye(4), torch.zeros(3, dtype=torch.int64)) is None       # one prompt

@@ -61,7 +61,7 @@ class Drawings:
             if (form, seed) in seen: raise ValueError(f"Drawings: {prompt!r} with seed {seed} is there twice: give each drawing a seed of its own")
             seen.add((form, seed))
 
-
+# %% ../../nbs/distill/05_evaluate.ipynb #ec116466
 def number_seeds(
     prompts: Sequence[str],       # [N]
 ) -> tuple:                       # [N]: 0 for the first of each prompt, 1 for the second, and so on
@@ -126,7 +126,7 @@ def load_drawings(
         seeds = number_seeds(prompts)
     return Drawings(prompts, splits, seeds, images)
 
-
+# %% ../../nbs/distill/05_evaluate.ipynb #5b6f5a41
 def save_drawings(
     path: str | Path,             # of the manifest, .jsonl or .csv; pictures go into a folder beside it, named like it
     drawings: Drawings,           # in memory
@@ -248,7 +248,8 @@ def prompt_distance(
     of_texts = _apart(weights, asked, torch.ones(P, dtype=torch.float64))
     if of_texts[0] < 1e-6: return None
     ratio = _apart(weights, sums, counts)/of_texts
-    low, high = ratio[1:][of_texts[1:] > 1e-6].quantile(torch.tensor([(1 - LEVEL)/2, (1 + LEVEL)/2], dtype=torch.float64)).tolist()
+    known = ((weights > 0).sum(1) > 1) & (of_texts > 1e-6)                        # draws with a pair in them
+    low, high = ratio[1:][known[1:]].quantile(torch.tensor([(1 - LEVEL)/2, (1 + LEVEL)/2], dtype=torch.float64)).tolist()
     return Estimate(float(ratio[0]), low, high, P)
 
 
@@ -380,7 +381,7 @@ def _table(head, rows):
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
-
+# %% ../../nbs/distill/05_evaluate.ipynb #0dd4634c
 @dataclass(frozen=True, repr=False)
 class Judgement:
     "Everything that was measured on one set of drawings."
