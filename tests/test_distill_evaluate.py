@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from zerolab.diffusion.alignment import DualEncoder, write_rows
 from zerolab.distill.evaluate import (KINDS, MEASURES, Judges, chroma, drawings_of, judge, judgement_table, load_drawings, object_vectors,
-                                      prompt_distance, read_picture, retrieve, same_nearest, save_drawings, seed_distance, vendi, word_bias)
+                                      prompt_distance, read_picture, retrieve, same_nearest, save_drawings, seed_distance, word_bias)
 
 COLOURS = dict(red=(1., 0, 0), green=(0, 1., 0), blue=(0, 0, 1.), yellow=(1., 1, 0), cyan=(0, 1., 1), grey=(.5, .5, .5))
 
@@ -132,11 +132,7 @@ def test_what_has_no_spread_has_no_number():
     assert prompt_distance(objects, torch.eye(4)[[0, 0]], torch.tensor([0, 1, 1])) is None         # an encoder that hears nothing
 
 
-def test_effective_numbers():
-    assert vendi(torch.eye(7)) == pytest.approx(7) and vendi(torch.eye(7)[:1].expand(5, 7)) == pytest.approx(1)
-    weights = torch.tensor([8, 1, 1])
-    shares = [.8, .1, .1]
-    assert vendi(torch.eye(3).repeat_interleave(weights, 0)) == pytest.approx(math.exp(-sum(p*math.log(p) for p in shares)), abs=1e-6)
+def test_one_picture_nearest_to_all():
     for cells in (1, 10**6):
         assert same_nearest(torch.eye(4)[[0, 0, 2, 3]], torch.eye(4), cells=cells) == pytest.approx(.5)   # the text without a picture ties with all
         assert same_nearest(torch.eye(4), torch.eye(4), cells=cells) == pytest.approx(.25)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'MEASURES', 'PAPER', 'Drawings', 'number_seeds', 'drawings_of', 'load_drawings', 'save_drawings',
            'read_picture', 'read_part', 'retrieve', 'object_vectors', 'prompt_distance', 'seed_distance',
-           'same_nearest', 'vendi', 'WordBias', 'word_bias', 'Judges', 'chroma', 'look', 'Scores', 'Judgement',
-           'score_split', 'prompt_rows', 'judge', 'judgement_table']
+           'same_nearest', 'WordBias', 'word_bias', 'Judges', 'chroma', 'look', 'Scores', 'Judgement', 'score_split',
+           'prompt_rows', 'judge', 'judgement_table']
 
 # %% ../../nbs/distill/05_evaluate.ipynb #5589388b
 import csv
@@ -25,6 +25,7 @@ from torch import Tensor
 from ..diffusion.alignment import DualEncoder, hits_at
 from ..diffusion.attributes import AttributeClassifier, read_attributes
 from ..diffusion.consistency import band_power, check_pictures
+from ..diffusion.diversity import vendi_score
 from ..diffusion.intervals import LEVEL, Estimate, mean_interval
 from .prompts import checked_prompts, normalise
 from ..scene.paths import atomic_path
@@ -276,14 +277,6 @@ def same_nearest(
         counts += (similarity >= similarity.amax(1, keepdim=True) - tolerance).float().sum(0)
     return float(counts.max()/len(texts))
 
-
-def vendi(
-    vectors: Tensor,              # [N,d] unit vectors
-) -> float:                       # 1 to the smaller of N and d
-    "Effective number of different vectors."
-    spectrum = torch.linalg.svdvals(vectors.double()/len(vectors)**.5).square()
-    return float(torch.exp(torch.special.entr(spectrum/spectrum.sum()).sum()))
-
 # %% ../../nbs/distill/05_evaluate.ipynb #444174c0
 @dataclass(frozen=True)
 class WordBias:
@@ -437,7 +430,7 @@ def score_split(
     drawn = objects.square().sum(1) > 0.5                                         # that have any picture
     if drawn.any():
         between = seed_distance(objects[drawn], own[drawn])
-        numbers |= dict(spread=prompt_distance(objects[drawn], texts, own[drawn]), vendi=vendi(objects[drawn]), vendi_texts=vendi(texts[own]),
+        numbers |= dict(spread=prompt_distance(objects[drawn], texts, own[drawn]), vendi=vendi_score(objects[drawn]), vendi_texts=vendi_score(texts[own]),
                         seeds=None if between.isnan().all() else mean_interval(between), same=same_nearest(objects[drawn], texts[prompts]))
     whole = (seen["views"][chosen].square().sum(-1) > 0).all(1)
     if whole.any() and (V := seen["views"].shape[1]) > 1:
