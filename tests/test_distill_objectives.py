@@ -11,8 +11,8 @@ from zerolab.diffusion.hub import load_prior, save_random_checkpoint
 from zerolab.diffusion.priors import Prior, ddim_sample, noise_schedule, take_condition
 from zerolab.distill import objectives
 from zerolab.distill.objectives import (ANNEALED, FIXED, LOWERED, NORMALISERS, OBJECTIVES, RECIPES, WEIGHTS, DeltaT, Negatives, Recipe, Window,
-                                        add_noise, asd, csd, ddim_invert, distill, draw_t, falling, guidance_ratio, ism, perpendicular, push, sdi,
-                                        sds, sjc, view_conditions, view_weights, vsd)
+                                        add_noise, asd, csd, ddim_invert, distill, draw_t, falling, guidance_ratio, inversion_start, ism,
+                                        perpendicular, push, sdi, sds, sjc, view_conditions, view_weights, vsd)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_prediction_types_make_no_difference(worlds, name):
     for kind in ("epsilon", "v_prediction", "sample"):
         prior = MixturePrior(ring.means, 0.1, ring.weights, schedule=noise_schedule("scaled_linear", prediction_type=kind))
         x, t, noise = request(prior)
-        extra = {"vsd": dict(phi=prior), "asd": dict(delta_t=torch.tensor([7, 0]))}.get(name, {})
+        extra = {"vsd": dict(phi=prior), "asd": dict(delta_t=torch.tensor([7, 0])), "ism": dict(first=0)}.get(name, {})
         found.append(OBJECTIVES[name](prior, x, t, prior.condition([0, 3]), noise, uncond=prior.condition([-1, -1]), **extra)[0])
     near(found[1], found[0], found[0], 1e-5)
     near(found[2], found[0], found[0], 1e-5)
@@ -122,6 +122,28 @@ def test_inversion_undoes_sampling():
     for row in range(2):
         back = ddim_sample(ring, noisy[[row]], take_condition(cond, [row]), timesteps=range(int(last[row]), -1, -2))
         assert (back - x[row]).norm() < 0.02
+
+
+class Blurred(MixturePrior):
+    "Exact but for an error of its pictures, as a network's are."
+    def output(self, x_t, t, cond):
+        return super().output(x_t, t, cond) + 0.05
+
+
+@pytest.mark.parametrize("name", ("ism", "sdi"))
+def test_an_error_of_pictures_is_no_noise(name):
+    "A network that says pictures, a little wrong: begun at t = 0, its error would count 1/sigma(0) times; begun where sigma is 0.1, it stays an error."
+    ring, schedule = ring_prior(), noise_schedule("squaredcos_cap_v2", prediction_type="sample")
+    exact, wrong = (kind(ring.means, 0.1, ring.weights, schedule=schedule) for kind in (MixturePrior, Blurred))
+    first = inversion_start(wrong)
+    assert wrong.alpha_sigma(torch.tensor([first - 1, first]))[1].tolist() == pytest.approx([0.1, 0.1], abs=0.002)
+    assert inversion_start(ring) == 0
+    x, t, noise = request(exact)
+    def found(prior, first):
+        more = dict(eta=0.) if name == "sdi" else {}
+        return OBJECTIVES[name](prior, x, t, prior.condition([0, 3]), noise, uncond=prior.condition([-1, -1]), first=first, weight="uniform", **more)[0]
+    def harm(first): return float((found(wrong, first) - found(exact, first)).norm())
+    assert harm(0) > 5*harm(None)
 
 
 def test_the_noise_of_sdi_comes_from_its_generator():

@@ -15,6 +15,7 @@ EXPERIMENTS = sorted((REPOSITORY / "nbs/experiments").glob("*.ipynb"))
 WRITES = {"write_json", "write_text", "write_bytes", "write_shard", "save_lrm", "save_ply", "save_gaussians", "atomic_path", "make_zeroverse", "train_lrm",
           "savefig", "imsave", "save", "savez", "mkdir", "touch", "unlink", "rmtree", "to_csv", "to_parquet", "splat_html"}
 MOVES = {"rename", "replace", "copy", "copyfile", "copytree", "move"}   # the second argument, too
+RECORDS = {"write_record", "add_to_record"}   # write under data/results
 PROJECT = {"data_dir", "root", "Path", "home", "cwd", "getcwd"}   # what leads out of the run's folder
 
 
@@ -58,6 +59,7 @@ def outside_writes(sources, defaults):
             method = isinstance(node.func, ast.Attribute)
             name = node.func.attr if method else getattr(node.func, "id", "")
             places = [*node.args[:2 if name in MOVES else 1], *([node.func.value] if method else [])]
+            if name in RECORDS: found.append(ast.unparse(node)[:80])
             if name in WRITES | MOVES and any(leads_out(place, aliases) for place in places): found.append(ast.unparse(node)[:80])
             if name == "open" and opens_to_write(node) and any(leads_out(place, aliases) or isinstance(place, ast.Constant) for place in places[:1]):
                 found.append(ast.unparse(node)[:80])
@@ -70,8 +72,9 @@ def test_the_check_of_writes_finds_some():
     defaults = {"publish": "", "folder": "", "size": 3}
     bad = ["write_json(data_dir()/'results'/'a.json', {})", "where = root()/'x'\nwhere.mkdir()", "open(root()/'a', 'w')",
            "(Path.home()/'a').write_text('')", "if size: write_json(root()/'a', 1)", "open('a.txt', 'w')",
-           "where = root()/'a' if size else 3\nwrite_json(where/'a', 1)", "if publish: pass\nelse: write_json(root()/'a', 1)"]
-    good = ["if publish: write_json(data_dir()/'a.json', {})", "where = root()/folder if folder else run_dir()/'b'\nwhere.mkdir()",
+           "where = root()/'a' if size else 3\nwrite_json(where/'a', 1)", "if publish: pass\nelse: write_json(root()/'a', 1)",
+           "write_record('a', score=1)"]
+    good = ["if publish: write_json(data_dir()/'a.json', {})", "if publish: write_record(publish, score=1)", "where = root()/folder if folder else run_dir()/'b'\nwhere.mkdir()",
             "artifact('a').write_text('')", "read_json(data_dir()/'a.json')", "text = (root()/'a').read_text()", "open(root()/'a')",
             "write_json(run_dir()/'a.json', 1)", "where = root()/f'runs/data/{size}'\nmake_zeroverse(where)"]
     assert [len(outside_writes([source], defaults)) for source in bad] == [1] * len(bad)

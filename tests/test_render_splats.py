@@ -256,6 +256,30 @@ for threads in (1, 2):
     assert one == two
 
 
+def test_a_process_that_keeps_to_one_thread_still_does_after_drawing():
+    "Numba's pool sets the OpenMP runtime that PyTorch shares to all cores."
+    code = """
+import sys, numba, torch
+sys.path.insert(0, "tests")
+from test_render_splats import random_scene, some_cameras
+from zerolab.render import splats_cpu
+from zerolab.render.splats import render_splats
+from zerolab.scene.gaussians import Gaussians
+torch.set_num_threads(1)
+used, enter = [], splats_cpu._OneAtATime.__enter__
+def counted(self):
+    enter(self)
+    used.append(numba.get_num_threads())
+splats_cpu._OneAtATime.__enter__ = counted
+render_splats(Gaussians(*random_scene(20, dtype=torch.float32)), some_cameras(1, (16, 16), torch.float32))
+print(torch.get_num_threads(), *used)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "NUMBA_NUM_THREADS": "2"},
+                         cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    assert run.returncode == 0, run.stderr
+    assert set(run.stdout.split()) == {"1"}
+
+
 def test_a_forked_child_gets_a_clear_error_instead_of_dying():
     code = """
 import os, sys, warnings

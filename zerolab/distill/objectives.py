@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VIEWS', 'WEIGHTS', 'OBJECTIVES', 'FIXED', 'ANNEALED', 'LOWERED', 'DELTA_RULES', 'NORMALISERS', 'RECIPES', 'push',
            'add_noise', 'ask', 'Negatives', 'perpendicular', 'Answers', 'ask_guided', 'view_weights', 'view_conditions',
-           'choose', 'check_request', 'weigh', 'sds', 'sjc', 'csd', 'vsd', 'asd', 'ddim_move', 'ddim_invert', 'ism',
-           'sdi', 'Window', 'falling', 'draw_t', 'DeltaT', 'guidance_ratio', 'Recipe', 'distill']
+           'choose', 'check_request', 'weigh', 'sds', 'sjc', 'csd', 'vsd', 'asd', 'ddim_move', 'inversion_start',
+           'ddim_invert', 'ism', 'sdi', 'Window', 'falling', 'draw_t', 'DeltaT', 'guidance_ratio', 'Recipe', 'distill']
 
 # %% ../../nbs/distill/00_objectives.ipynb #ec809dd4
 import math
@@ -333,18 +333,27 @@ def ddim_move(
     return alpha_after*(x_t - sigma*eps)/alpha + sigma_after*eps
 
 
+def inversion_start(
+    prior: Prior,
+) -> int:                         # a timestep
+    "From where a prior's noise can be found: 0, or, if its network says the picture, where sigma reaches 0.1."
+    if prior.schedule.prediction_type != "sample": return 0
+    return int((prior.alpha_sigma(torch.arange(prior.T))[1] < 0.1).sum())
+
+
 def ddim_invert(
     prior: Prior,
-    x_t: Tensor,                  # [B,*shape] at t = 0
+    x_t: Tensor,                  # [B,*shape] at `first`
     last: Tensor,                 # [B] where to
     see: Callable,                # (x_t, t) -> the noise seen [B,*shape]
     stride: int,                  # timesteps of a step
     *,
+    first: Tensor | None = None,  # [B] from where; None: t = 0
     eta: float = 0.,              # noise that is added in each step, in units of DDPM's
     generator: torch.Generator | None = None, # of that noise, on the CPU
 ) -> tuple[Tensor, int]:          # [B,*shape] at `last`; steps taken
     "DDIM backwards: noisy pictures from which the model would draw x."
-    t, steps = torch.zeros_like(last), 0
+    t, steps = torch.zeros_like(last) if first is None else first, 0
     while (t < last).any():
         after = torch.minimum(t + stride, last)
         moved = ddim_move(prior, x_t, see(x_t, t), t, after)
@@ -362,11 +371,12 @@ def ism(
     x: Tensor,                    # [B,*shape]
     t: Tensor,                    # [B]
     cond: dict,                   # of the prompts
-    noise: Tensor,                # [B,*shape]; of the starting point, at t = 0
+    noise: Tensor,                # [B,*shape]; of the starting point
     *,
     uncond: dict,                 # of no prompt
     interval: int = 50,           # delta, timesteps from s to t; the paper's run from 100 to 25, 50 or 80
     stride: int = 200,            # timesteps of a step of the inversion
+    first: int | None = None,     # where the inversion begins; None: see `inversion_start`
     guidance_scale: float = 7.5,  # omega
     weight: str | Callable = "ism", # see WEIGHTS
     negatives: Negatives | None = None,
@@ -375,7 +385,8 @@ def ism(
     check_request(prior, x, t, cond, noise, uncond, 0., negatives)
     earlier = (t - interval).clamp(min=0)
     see = lambda x_t, step: prior.eps(x_t, step, uncond)
-    x_s, steps = ddim_invert(prior, add_noise(prior, x, torch.zeros_like(t), noise), earlier, see, stride)
+    start = earlier.clamp(max=inversion_start(prior) if first is None else first)
+    x_s, steps = ddim_invert(prior, add_noise(prior, x, start, noise), earlier, see, stride, first=start)
     baseline = see(x_s, earlier)
     x_t = ddim_move(prior, x_s, baseline, earlier, t)
     said = ask_guided(prior, x_t, t, cond, uncond, guidance_scale, negatives)
@@ -388,11 +399,12 @@ def sdi(
     x: Tensor,                    # [B,*shape]
     t: Tensor,                    # [B]
     cond: dict,                   # of the prompts
-    noise: Tensor,                # [B,*shape]; not used
+    noise: Tensor,                # [B,*shape]; of the starting point, if it is not at t = 0
     *,
     uncond: dict,                 # of no prompt
     inversion_scale: float = -7.5, # omega of the inversion
     steps: int = 10,              # of an inversion of all timesteps
+    first: int | None = None,     # where the inversion begins; None: see `inversion_start`
     eta: float = 0.3,             # noise added on the way
     generator: torch.Generator | None = None, # of it, on the CPU
     guidance_scale: float = 7.5,  # omega
@@ -402,7 +414,9 @@ def sdi(
     "Score distillation via inversion (arXiv 2405.15891)."
     check_request(prior, x, t, cond, noise, uncond, 0., negatives)
     see = lambda x_t, step: ask_guided(prior, x_t, step, cond, uncond, inversion_scale, negatives).guided
-    x_t, taken = ddim_invert(prior, x, t, see, max(1, prior.T//steps), eta=eta, generator=generator)
+    start = t.clamp(max=inversion_start(prior) if first is None else first)
+    noisy = torch.where(per_sample(start, x) > 0, add_noise(prior, x, start, noise), x)
+    x_t, taken = ddim_invert(prior, noisy, t, see, max(1, prior.T//steps), first=start, eta=eta, generator=generator)
     said = ask_guided(prior, x_t, t, cond, uncond, guidance_scale, negatives)
     alpha, sigma = (per_sample(level, x) for level in prior.alpha_sigma(t))
     return weigh(prior, x, x_t, t, said.guided - (x_t - alpha*x)/sigma, said, weight, calls=said.calls*(taken + 1))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESERVE', 'JobError', 'Parameter', 'notebook_parameters', 'check_parameters', 'parse_value', 'record', 'log_metrics',
-           'checkpoint_dir', 'artifact', 'commit_of', 'diff_of', 'environment_hash', 'surroundings', 'add_to_record',
-           'find_notebook', 'without_grammar', 'read_notebook', 'claim_folder', 'Tee', 'code_hash', 'run_id', 'Limits',
-           'Request', 'requests', 'write_request', 'origin_of', 'Watch', 'gpu_memory', 'RunResult', 'RunInterrupted',
-           'execute_run', 'deferred_stop', 'run_notebook']
+           'checkpoint_dir', 'artifact', 'commit_of', 'diff_of', 'environment_hash', 'surroundings', 'write_record',
+           'add_to_record', 'find_notebook', 'without_grammar', 'read_notebook', 'claim_folder', 'Tee', 'code_hash',
+           'run_id', 'Limits', 'Request', 'requests', 'write_request', 'origin_of', 'Watch', 'gpu_memory', 'RunResult',
+           'RunInterrupted', 'execute_run', 'deferred_stop', 'run_notebook']
 
 # %% ../../nbs/jobs/02_run.ipynb #9d551d7c
 import ast, datetime, difflib, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
@@ -184,6 +184,21 @@ def surroundings() -> dict:
             "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": cores, "name": platform.node()}}
 
 # %% ../../nbs/jobs/02_run.ipynb #2d904221
+def _provenance() -> dict:
+    about = surroundings()
+    about["machine"].pop("name")
+    return about | commit_of(root())
+
+def write_record(
+    name:str, # the record is data/results/<name>.json
+    **content, # of it
+) -> Path: # of the record
+    "Publish the numbers of one run in place of what was published before."
+    path = data_dir()/"results"/f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content | _provenance())
+    return path
+
 def add_to_record(
     name:str, # the record is data/results/<name>.json
     key:str, # of what is added: a seed, or a point of a grid
@@ -191,17 +206,16 @@ def add_to_record(
     settings:dict, # parameters that all entries share
     **more, # about all entries, such as what theory says; the newest is kept
 ) -> Path: # of the record
-    "Add the numbers of a run to a record; the name of the machine stays out of it."
+    "Add the numbers of a run to a record."
     from zerolab.data.catalog import claimed
-    path, about = data_dir()/"results"/f"{name}.json", surroundings()
-    about["machine"].pop("name")
+    path = data_dir()/"results"/f"{name}.json"
     settings = json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
     with claimed(path.with_suffix(".lock")):
         known = read_json(path) if path.exists() else {"parameters": settings, "entries": {}}
         if known["parameters"] != settings:
             raise JobError(f"{path.name} holds runs with other parameters, {known['parameters']}: choose another name, or the same ones")
-        known |= about | commit_of(root()) | more
+        known |= _provenance() | more
         known["entries"][key] = known["entries"].get(key, {}) | entry
         write_json(path, known)
     return path

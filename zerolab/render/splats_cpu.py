@@ -586,8 +586,10 @@ class _OneAtATime:
             raise RuntimeError("rasterize: this process was forked after Gaussians were drawn in its parent, and numba's threads "
                                "do not survive that: start it with multiprocessing's 'spawn' method")
         _OneAtATime.process = os.getpid()
-        self.threads = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        wanted = torch.get_num_threads()
+        self.threads = numba.get_num_threads()      # starts the pool, if nothing has
+        if torch.get_num_threads() != wanted: torch.set_num_threads(wanted)
+        numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
 
     def __exit__(self, *_):
         numba.set_num_threads(self.threads)
