@@ -261,7 +261,7 @@ def test_a_process_that_keeps_to_one_thread_still_does_after_drawing():
     code = """
 import sys, numba, torch
 sys.path.insert(0, "tests")
-from test_render_splats import random_scene, some_cameras
+from test_render_splats import leaves, random_scene, some_cameras
 from zerolab.render import splats_cpu
 from zerolab.render.splats import render_splats
 from zerolab.scene.gaussians import Gaussians
@@ -271,7 +271,7 @@ def counted(self):
     enter(self)
     used.append(numba.get_num_threads())
 splats_cpu._OneAtATime.__enter__ = counted
-render_splats(Gaussians(*random_scene(20, dtype=torch.float32)), some_cameras(1, (16, 16), torch.float32))
+render_splats(Gaussians(*leaves(random_scene(20, dtype=torch.float32))), some_cameras(1, (16, 16), torch.float32))
 print(torch.get_num_threads(), *used)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "NUMBA_NUM_THREADS": "2"},
@@ -285,7 +285,7 @@ def test_a_forked_child_gets_a_clear_error_instead_of_dying():
 import os, sys, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, "tests")
-from test_render_splats import random_scene, some_cameras
+from test_render_splats import leaves, random_scene, some_cameras
 from zerolab.render.splats import render_splats
 draw = lambda: render_splats(random_scene(3), some_cameras())
 draw()
