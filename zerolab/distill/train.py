@@ -88,7 +88,7 @@ class DistillConfig:
 
     def __post_init__(self):
         if not isinstance(self.objective, (str, Recipe)):
-            raise ValueError(f"DistillConfig: objective is {self.objective!r:.40}, need one of {', '.join(RECIPES)}, or a Recipe, also of a function")
+            raise ValueError(f"DistillConfig: objective is {self.objective!r:.40}, need one of {', '.join(RECIPES)}, or a Recipe, such as Recipe(function)")
         _check_numbers(self)
         if np.shape(self.elevations) != (2,) or not -90 <= self.elevations[0] <= self.elevations[1] <= 90:
             raise ValueError(f"DistillConfig: elevations are {self.elevations}, need lowest and highest, from -90 to 90 degrees")
