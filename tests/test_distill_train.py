@@ -16,7 +16,7 @@ from zerolab.diffusion.priors import Prior, noise_schedule
 from zerolab.distill.embeddings import encode_corpus
 from zerolab.distill.fields import Field
 from zerolab.distill.generators import draw
-from zerolab.distill.objectives import RECIPES, Window
+from zerolab.distill.objectives import RECIPES, Window, sds
 from zerolab.distill.presets import make_generator
 from zerolab.distill.train import (
     DISTILLATION, DistillConfig, Distillation, PhiLearner, PromptBatches, distill_generator, distill_step, draw_prompts, generator_condition, live_view,
@@ -266,6 +266,18 @@ BAD = {
     "normals of splats": (dict(config=replace(MULTI, orientation=1.)), "orientation is for fields"),
     "distance of a density": (dict(config=replace(MULTI, eikonal=1.), generator=lambda: fresh("triplane", kind="density")), "this field is a density"),
     "prompts": (lambda: DistillConfig(prompts=0), "prompts is 0"),
+    "half a prompt": (lambda: DistillConfig(prompts=1.5), "prompts is 1.5, need a whole number, 1 or more"),
+    "size with a point": (lambda: DistillConfig(size=32.), "size is 32.0, need a whole number, 4 or more"),
+    "fov": (lambda: DistillConfig(fov=0), "fov is 0, need more than 0 and less than 180"),
+    "negative weight": (lambda: DistillConfig(sparsity=-1), "sparsity is -1, need 0 or more"),
+    "negative strength": (lambda: DistillConfig(view_prompts=-1), "view_prompts is -1, need 0 or more"),
+    "background by name": (lambda: DistillConfig(background="white"), "need a colour such as (1., 1., 1.)"),
+    "grey background": (lambda: DistillConfig(background=1.), "background is 1.0, need a colour"),
+    "window as a pair": (lambda: DistillConfig("asd", window=(.02, .98)), "window is (0.02, 0.98), need a function, such as Window("),
+    "delta t as a number": (lambda: DistillConfig("asd", delta_t=.1), "delta_t is 0.1, need a function, such as DeltaT(0.1)"),
+    "objective of no recipe": (lambda: DistillConfig(sds), "or a Recipe"),
+    "one elevation": (lambda: DistillConfig(elevations=20.), "lowest and highest"),
+    "nothing to draw": (lambda: draw_prompts(fresh(), None, []), "no prompts: give one or more"),
     "elevations": (lambda: DistillConfig(elevations=(30., 10.)), "lowest and highest"),
     "told": (lambda: DistillConfig(told="letters"), "need one of auto, words"),
     "LoRA of an exact prior": (dict(config=replace(MULTI, objective="vsd")), "use OnlinePhi or ParticlePrior"),

@@ -10,6 +10,7 @@ __all__ = ['DISTILLATION', 'DistillConfig', 'PromptBatches', 'rig_cameras', 'Pro
 # %% ../../nbs/distill/04_train.ipynb #4e9b08a4
 import hashlib
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -35,6 +36,21 @@ from ..scene.cameras import Cameras, orbit
 from ..train.loop import History, TrainConfig, average_gradients, move, train, world_rank, world_size
 
 # %% ../../nbs/distill/04_train.ipynb #e4fecc2c
+def _check_numbers(config):
+    "Refuse numbers of a `DistillConfig` that no run can have."
+    weights = ("sparsity", "opacity", "eikonal", "orientation")
+    for name, least in (("prompts", 1), ("views", 1), ("size", 4), ("phi_rank", 1), ("occupancy", 0)):
+        value = getattr(config, name)
+        if not isinstance(value, Integral) or value < least: raise ValueError(f"DistillConfig: {name} is {value!r}, need a whole number, {least} or more")
+    for name in ("view_prompts", "phi_rate", *weights):
+        value = getattr(config, name)
+        if not (name in weights and callable(value)) and not (isinstance(value, Real) and value >= 0):
+            raise ValueError(f"DistillConfig: {name} is {value!r:.40}, need 0 or more")
+    if not 0 < config.fov < 180: raise ValueError(f"DistillConfig: fov is {config.fov}, need more than 0 and less than 180 degrees")
+    if config.background is not None and np.shape(config.background) != (3,):
+        raise ValueError(f"DistillConfig: background is {config.background!r:.40}, need a colour such as (1., 1., 1.), or None: the field's own")
+
+# %% ../../nbs/distill/04_train.ipynb #8e188127
 @dataclass(frozen=True)
 class DistillConfig:
     "How a generator is distilled."
@@ -71,9 +87,10 @@ class DistillConfig:
     seed: int = 0                          # of prompts, views, timesteps and noise
 
     def __post_init__(self):
-        for name, least in (("prompts", 1), ("views", 1), ("size", 4)):
-            if getattr(self, name) < least: raise ValueError(f"DistillConfig: {name} is {getattr(self, name)}, need {least} or more")
-        if not -90 <= self.elevations[0] <= self.elevations[1] <= 90:
+        if not isinstance(self.objective, (str, Recipe)):
+            raise ValueError(f"DistillConfig: objective is {self.objective!r:.40}, need one of {', '.join(RECIPES)}, or a Recipe, such as Recipe(function)")
+        _check_numbers(self)
+        if np.shape(self.elevations) != (2,) or not -90 <= self.elevations[0] <= self.elevations[1] <= 90:
             raise ValueError(f"DistillConfig: elevations are {self.elevations}, need lowest and highest, from -90 to 90 degrees")
         if not 0 <= self.random_background <= 1: raise ValueError(f"DistillConfig: random_background is {self.random_background}, need a share, 0 to 1")
         if self.told not in (*TOLD, "auto"): raise ValueError(f"DistillConfig: told is {self.told!r}, need one of auto, {', '.join(TOLD)}")
@@ -92,7 +109,8 @@ class DistillConfig:
     def recipe(self) -> Recipe:
         "The recipe by its name, with the changes."
         changes = {name: getattr(self, name) for name in ("guidance_scale", "window", "delta_t", "weight", "normaliser", "one_t")}
-        return replace(choose("objective", RECIPES, self.objective), **{name: value for name, value in changes.items() if value is not None})
+        recipe = self.objective if isinstance(self.objective, Recipe) else choose("objective", RECIPES, self.objective)
+        return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
 # %% ../../nbs/distill/04_train.ipynb #84a1b333
 DISTILLATION = TrainConfig(steps=2000, learning_rate=2e-3, warmup=50, betas=(0.9, 0.99), weight_decay=0., clip_norm=1000., ema_decay=0.98,
@@ -384,6 +402,8 @@ def draw_prompts(
     turns, ups = torch.arange(4)[None]*90., torch.full((1, 4), sum(config.elevations)/2)
     cameras = rig_cameras(turns, ups, config).unstack()[0] if cameras is None else cameras
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts: raise ValueError("draw_prompts: no prompts: give one or more")
+    if getattr(prior, "tokenizer", None) is not None: check_words(prior.tokenizer, prompts)
     said, found = prior.condition(prompts), []
     width = getattr(generator.config, "z_width", 0)*config.noise
     if z is None and width: z = torch.randn(len(prompts), width, generator=torch.Generator().manual_seed(config.seed))
