@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from zerolab.diffusion.alignment import DualEncoder, write_rows
+from zerolab.diffusion.intervals import Estimate, wilson
 from zerolab.distill.evaluate import (KINDS, MEASURES, Judges, chroma, drawings_of, judge, judgement_table, load_drawings, object_vectors,
-                                      prompt_distance, read_picture, retrieve, same_nearest, save_drawings, seed_distance, word_bias)
+                                      prompt_distance, read_picture, retrieve, same_nearest, save_drawings, score_split, seed_distance, word_bias)
 
 COLOURS = dict(red=(1., 0, 0), green=(0, 1., 0), blue=(0, 0, 1.), yellow=(1., 1, 0), cyan=(0, 1., 1), grey=(.5, .5, .5))
 
@@ -130,6 +131,14 @@ def test_what_has_no_spread_has_no_number():
     objects = F.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     assert prompt_distance(objects, torch.eye(4), torch.zeros(3, dtype=torch.int64)) is None       # one prompt
     assert prompt_distance(objects, torch.eye(4)[[0, 0]], torch.tensor([0, 1, 1])) is None         # an encoder that hears nothing
+
+
+def test_a_collapsed_model_has_no_distance_across_seeds_and_no_doubt_about_it():
+    "A distance of 0 for each prompt is no rate: it gets no interval of Wilson's, which R@1 gets."
+    six = torch.eye(6)[:, None]
+    found = score_split(torch.arange(12), torch.arange(6).repeat(2), torch.eye(6), retrieve(six.repeat(2, 1, 1), torch.eye(6), torch.arange(6).repeat(2)),
+                        dict(views=six.repeat(2, 2, 1)), None, {}).numbers
+    assert found["seeds"] == found["across"] == Estimate(0., 0., 0., 6) and found["r1_object"] == wilson(6, 6)
 
 
 def test_one_picture_nearest_to_all():
@@ -270,6 +279,7 @@ def test_strips_and_mixed_sizes_are_refused(tmp_path):
     (lambda: judge(JUDGES, drawings_of(paint(("red",), ("red",))*math.nan, ["red", "blue"])), "not one of 2 pictures"),
     (lambda: judge(Judges(ENCODER, reference=torch.ones(1, 1, 3, 16, 16)), drawings_of(paint(("red",)), ["red"])), "needs two|reference of"),
     (lambda: Judges(ENCODER, asked=lambda prompt: ()), "needs `asked`"),
+    (lambda: Judges("openai/clip-vit-base-patch32"), "need a DualEncoder: load_dual_encoder"),
 ])
 def test_bad_input_is_one_clear_line(make, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says) as error: make()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zerolab.distill import conv3d, ingp, triplane
-from zerolab.distill.fields import FAST, Field
+from zerolab.distill.fields import FAST, Field, field_gradients
 from zerolab.distill.generators import draw, parameter_count, random_background, save_generator
 from zerolab.distill.presets import GENERATORS, PRESETS, load_generator, make_generator, preset
 from zerolab.scene.cameras import orbit
@@ -84,6 +84,31 @@ def test_the_hash_grid_is_differentiable_in_its_points():
     points = (torch.rand(5, 3, dtype=torch.float64)*1.8 - 0.9).requires_grad_()
     assert torch.autograd.gradcheck(grid, points)
     assert torch.isfinite(grid(torch.tensor([[-1., -1, -1], [1, 1, 1], [9, -9, 0]]).double())).all()
+
+
+def test_planes_can_be_differentiated_twice():
+    "Which a loss on normals by autograd needs; true of grid_sample in torch 2.13."
+    numbers = torch.Generator().manual_seed(0)
+    planes = torch.randn(1, 3, 2, 4, 4, generator=numbers, dtype=torch.float64, requires_grad=True)
+    points = (torch.rand(1, 5, 3, generator=numbers, dtype=torch.float64)*1.4 - 0.7).requires_grad_()
+    assert torch.autograd.gradgradcheck(triplane.triplane_lookup, (planes, points))
+
+
+@pytest.mark.parametrize("name", ["ingp", "hyper-ingp", "conv3d", "triplane"])
+def test_a_loss_on_normals_teaches_every_field(name):
+    "By autograd: the gradient of the weights is what the loss does along it."
+    torch.manual_seed(0)
+    model, points = make_generator(name).double().eval(), torch.rand(1, 50, 3, dtype=torch.float64) - 0.5
+    def loss(): return (field_gradients(model(prompts(1).double()), points, "autograd").norm(dim=-1) - 0.5).square().mean()
+    loss().backward()
+    learning = [p for p in model.parameters() if p.grad is not None]
+    length = torch.cat([p.grad.flatten() for p in learning]).norm()
+    def moved(step):
+        with torch.no_grad():
+            for p in learning: p += step*p.grad/length
+        return loss().detach()
+    slope = (moved(1e-10) - moved(-2e-10))/2e-10     # so small that no ReLU changes sides
+    assert slope == pytest.approx(float(length), rel=1e-3)
 
 
 @pytest.mark.parametrize("log2_table", [4, 12, 19])

@@ -16,7 +16,7 @@ from zerolab.diffusion.priors import Prior, noise_schedule
 from zerolab.distill.embeddings import encode_corpus
 from zerolab.distill.fields import Field
 from zerolab.distill.generators import draw
-from zerolab.distill.objectives import RECIPES, Window
+from zerolab.distill.objectives import RECIPES, Window, sds
 from zerolab.distill.presets import make_generator
 from zerolab.distill.train import (
     DISTILLATION, DistillConfig, Distillation, PhiLearner, PromptBatches, distill_generator, distill_step, draw_prompts, generator_condition, live_view,
@@ -105,6 +105,7 @@ CASES = {
                                                            sparsity=1., opacity=lambda progress: progress, eikonal=.1, orientation=.1), "triplane"),
     "asd, splats": (MULTI, "triplane-gaussians"),
     "csd, a z": (replace(MULTI, objective="csd", guidance_scale=None, noise=True, prompts=1), "conv3d"),
+    "one scene, empty cells": (replace(MULTI, prompts=1, occupancy=2), "ingp"),
     "sdi, mean of words": (replace(MULTI, objective="sdi", prompts=1, told="mean"), "hyper-ingp"),
 }
 
@@ -112,10 +113,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_stopped_run_ends_as_one_that_was_not(exact, tmp_path, case):
     config, name = CASES[case]
-    _, whole = run(tmp_path/"whole", exact, config, generator=fresh(name))
-    _, part = run(tmp_path/"parts", exact, config, generator=fresh(name), max_seconds=0)
+    prompts = PROMPTS[:1] if name == "ingp" else PROMPTS
+    _, whole = run(tmp_path/"whole", exact, config, prompts=prompts, generator=fresh(name))
+    _, part = run(tmp_path/"parts", exact, config, prompts=prompts, generator=fresh(name), max_seconds=0)
     assert part.step == 1 and not part.finished
-    _, resumed = run(tmp_path/"parts", exact, config, generator=fresh(name))
+    _, resumed = run(tmp_path/"parts", exact, config, prompts=prompts, generator=fresh(name))
     same(whole.average, resumed.average)
     def numbers(history): return [{key: value for key, value in row.items() if "second" not in key} for row in history.rows]
     assert numbers(whole) == numbers(resumed) and len(whole.rows) == 3
@@ -264,6 +266,18 @@ BAD = {
     "normals of splats": (dict(config=replace(MULTI, orientation=1.)), "orientation is for fields"),
     "distance of a density": (dict(config=replace(MULTI, eikonal=1.), generator=lambda: fresh("triplane", kind="density")), "this field is a density"),
     "prompts": (lambda: DistillConfig(prompts=0), "prompts is 0"),
+    "half a prompt": (lambda: DistillConfig(prompts=1.5), "prompts is 1.5, need a whole number, 1 or more"),
+    "size with a point": (lambda: DistillConfig(size=32.), "size is 32.0, need a whole number, 4 or more"),
+    "fov": (lambda: DistillConfig(fov=0), "fov is 0, need more than 0 and less than 180"),
+    "negative weight": (lambda: DistillConfig(sparsity=-1), "sparsity is -1, need 0 or more"),
+    "negative strength": (lambda: DistillConfig(view_prompts=-1), "view_prompts is -1, need 0 or more"),
+    "background by name": (lambda: DistillConfig(background="white"), "need a colour such as (1., 1., 1.)"),
+    "grey background": (lambda: DistillConfig(background=1.), "background is 1.0, need a colour"),
+    "window as a pair": (lambda: DistillConfig("asd", window=(.02, .98)), "window is (0.02, 0.98), need a function, such as Window("),
+    "delta t as a number": (lambda: DistillConfig("asd", delta_t=.1), "delta_t is 0.1, need a function, such as DeltaT(0.1)"),
+    "objective of no recipe": (lambda: DistillConfig(sds), "or a Recipe"),
+    "one elevation": (lambda: DistillConfig(elevations=20.), "lowest and highest"),
+    "nothing to draw": (lambda: draw_prompts(fresh(), None, []), "no prompts: give one or more"),
     "elevations": (lambda: DistillConfig(elevations=(30., 10.)), "lowest and highest"),
     "told": (lambda: DistillConfig(told="letters"), "need one of auto, words"),
     "LoRA of an exact prior": (dict(config=replace(MULTI, objective="vsd")), "use OnlinePhi or ParticlePrior"),
@@ -288,8 +302,66 @@ def test_too_long_prompts_and_other_corpora_are_refused(single, exact, tmp_path)
     with pytest.raises(ValueError, match="the text encoder reads 77: shorten it"):
         run(tmp_path/"long", single, SINGLE, prompts=["a red cube on "*20], generator=fresh(text_width=32))
     run(tmp_path/"there", exact, MULTI, max_seconds=0)
-    with pytest.raises(ValueError, match="another corpus: prompts 3 there and 2 here: use another folder"):
+    with pytest.raises(ValueError, match="another run is in this folder: corpus is 3 prompts from .* there and 2 prompts from .* here: use another folder"):
         run(tmp_path/"there", exact, MULTI, prompts=PROMPTS[:2])
+
+
+CHANGES = {
+    "objective": (replace(MULTI, objective="csd"), PROMPTS, "objective is 'asd' there and 'csd' here"),
+    "omega": (replace(MULTI, guidance_scale=3.), PROMPTS, "guidance_scale is 2.0 there and 3.0 here"),
+    "window": (replace(MULTI, window=Window((.1, .1), (.5, .5))), PROMPTS, "window is Window"),
+    "regulariser": (replace(MULTI, sparsity=1.), PROMPTS, "sparsity is 0.0 there and 1.0 here"),
+    "seed": (replace(MULTI, seed=1), PROMPTS, "seed is 0 there and 1 here"),
+    "a later prompt": (MULTI, [PROMPTS[0], PROMPTS[2], PROMPTS[1]], "corpus is 3 prompts"),
+}
+
+
+@pytest.fixture(scope="module")
+def half_way(exact, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run(folder, exact, MULTI, max_seconds=0)
+    return exact, folder
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_a_folder_is_not_taken_over_by_another_run(half_way, changes):
+    "It would go on, or be finished, and show the old run under a new name."
+    (exact, folder), (config, prompts, says) = half_way, CHANGES[changes]
+    with pytest.raises(ValueError, match=says): run(folder, exact, config, prompts=prompts)
+
+
+def test_settings_are_the_same_text_in_every_process():
+    code = "from zerolab.distill.train import DistillConfig; print(DistillConfig('sdi', sparsity=abs).settings)"
+    texts = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout for _ in range(2)}
+    assert len(texts) == 1 and "falling" in texts.pop()
+
+
+def test_a_generator_remembers_what_it_was_told(exact, tmp_path):
+    config = replace(MULTI, prompts=1, told="mean")
+    generator, _ = run(tmp_path, exact, config, generator=fresh("conv3d"))
+    said = exact.condition(PROMPTS) | {"pooled": torch.zeros(3, 8)}
+    assert generator.config.told == "mean" and torch.equal(generator_condition(generator, said), said["text"][:, 0])
+    assert not generator_condition(generator, said, "pooled").any()
+
+
+def test_pictures_of_a_generator_that_was_taught_with_noise_have_noise(exact):
+    generator = fresh("conv3d")
+    def drawn(**changes): return draw_prompts(generator, exact, PROMPTS[:1], config=replace(MULTI, **changes))
+    assert not torch.equal(drawn(noise=True), drawn()) and not torch.equal(drawn(noise=True), drawn(noise=True, seed=1))
+    assert torch.equal(drawn(noise=True), drawn(noise=True))
+
+
+def test_the_prior_is_asked_in_its_own_precision(exact, tmp_path):
+    "Autocast is for the generator: the difference of two predictions that nearly agree has no digits to spare."
+    batch = next(PromptBatches(PROMPTS, MULTI, 4))
+    seen = []
+    class Watching(ExactPrior):
+        def output(self, x_t, t, cond):
+            seen.append((x_t.dtype, (x_t.flatten(1) @ x_t.flatten(1).T).dtype))
+            return super().output(x_t, t, cond)
+    model = Distillation(fresh(), Watching(), PROMPTS, MULTI)
+    with torch.autocast("cpu", torch.bfloat16): distill_step(model, batch, 0.5)
+    assert set(seen) == {(torch.float32, torch.float32)}
 
 
 def test_an_encoder_without_a_pooled_vector():

@@ -74,7 +74,8 @@ def test_the_check_of_writes_finds_some():
            "(Path.home()/'a').write_text('')", "if size: write_json(root()/'a', 1)", "open('a.txt', 'w')",
            "where = root()/'a' if size else 3\nwrite_json(where/'a', 1)", "if publish: pass\nelse: write_json(root()/'a', 1)",
            "write_record('a', score=1)"]
-    good = ["if publish: write_json(data_dir()/'a.json', {})", "if publish: write_record(publish, score=1)", "where = root()/folder if folder else run_dir()/'b'\nwhere.mkdir()",
+    good = ["if publish: write_json(data_dir()/'a.json', {})", "if publish: write_record(publish, score=1)",
+            "where = root()/folder if folder else run_dir()/'b'\nwhere.mkdir()",
             "artifact('a').write_text('')", "read_json(data_dir()/'a.json')", "text = (root()/'a').read_text()", "open(root()/'a')",
             "write_json(run_dir()/'a.json', 1)", "where = root()/f'runs/data/{size}'\nmake_zeroverse(where)"]
     assert [len(outside_writes([source], defaults)) for source in bad] == [1] * len(bad)

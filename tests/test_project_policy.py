@@ -164,6 +164,19 @@ def test_a_stored_widget_gives_way_to_its_picture_and_no_state_is_kept(project):
     assert kinds == [False, True] and "widgets" not in book.metadata, "without a picture, the site says that a control stands there"
 
 
+def test_slow_cells_are_run_when_asked_for(project):
+    path = write(project, ["# T\n\n> s", "#| slow\n6*7"], name="lesson.ipynb", stamp=False)
+    def outputs(): return json.loads(path.read_text())["cells"][-1]["outputs"]
+    assert policy.run_notebooks(project, ["lesson"]) == 0 and outputs() == []
+    assert policy.run_notebooks(project, ["lesson"], slow=True) == 0 and "42" in str(outputs())
+
+
+def test_a_picture_is_stored_once():
+    output = {"data": {"image/png": "a", "image/jpeg": "b", "text/plain": "c", "application/vnd.jupyter.widget-view+json": {}}}
+    assert policy.lean(output)["data"] == {"image/png": "a", "text/plain": "c"}
+    assert policy.lean({"data": {"image/jpeg": "b"}})["data"] == {"image/jpeg": "b"}
+
+
 def test_a_notebook_that_fails_is_left_as_it_was(project, capsys):
     path = write(project, ["# T\n\n> s", "raise ValueError('no such camera')"], name="lesson.ipynb", stamp=False)
     before = path.read_bytes()

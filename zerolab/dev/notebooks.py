@@ -8,8 +8,8 @@ __all__ = ['NOTEBOOK_BYTES', 'ALL_BYTES', 'HTML_BYTES', 'MACHINE_PATH', 'ANSI', 
            'form_problems', 'output_text', 'output_problems', 'source_problems', 'only_imports', 'import_problems',
            'comment_lines', 'says_all', 'undocumented_parameters', 'documentation_problems', 'heavy_problems',
            'zerolab_imports', 'layer_problems', 'source_hash', 'is_stale', 'notebook_problems', 'check_project',
-           'skipped', 'is_bar', 'without_widget', 'execute_notebook', 'clean_notebook', 'chosen_notebooks',
-           'run_notebooks', 'main']
+           'skipped', 'is_bar', 'lean', 'execute_notebook', 'clean_notebook', 'chosen_notebooks', 'run_notebooks',
+           'main']
 
 # %% ../../nbs/dev/01_notebooks.ipynb #ded5ee2d
 import argparse, ast, hashlib, io, json, re, sys, tokenize
@@ -326,12 +326,13 @@ def is_bar(
     return output.get("name") == "stderr" and ("\r" in text or not text.strip())
 
 
-def without_widget(
+def lean(
     output: dict, # of a cell
 ) -> dict: # changed in place
-    "An output without its live widget if a picture is there instead: nothing answers to a widget in a stored notebook."
+    "An output without what a stored one has no use for: a live widget where a picture is, and the JPEG that Pillow gives beside its PNG."
     data = output.get("data", {})
     if any(kind.startswith("image/") for kind in data): data.pop("application/vnd.jupyter.widget-view+json", None)
+    if "image/png" in data: data.pop("image/jpeg", None)
     return output
 
 
@@ -350,7 +351,7 @@ def execute_notebook(
     NotebookClient(book, kernel_manager_class=LocalKernel, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}, record_timing=False,
                    store_widget_state=False).execute()
     for cell in book.cells:
-        if cell.cell_type == "code": cell.outputs = [without_widget(output) for output in cell.outputs if not is_bar(output)]
+        if cell.cell_type == "code": cell.outputs = [lean(output) for output in cell.outputs if not is_bar(output)]
     for cell, outputs in kept:
         cell.outputs = outputs
         cell.metadata.tags.remove("skip-execution")
@@ -383,6 +384,7 @@ def chosen_notebooks(
 def run_notebooks(
     folder: Path, # the project's root
     names: list[str], # as for `chosen_notebooks`
+    slow: bool = False, # also the cells that are flagged slow, which otherwise keep their outputs
 ) -> int: # how many failed
     "Run notebooks one after the other; one that fails is left as it was, and the rest still run."
     from nbclient.exceptions import CellExecutionError
@@ -392,7 +394,7 @@ def run_notebooks(
     for path in chosen_notebooks(folder / "nbs", names):
         print(path.relative_to(folder), flush=True)
         try:
-            execute_notebook(path, set(settings["DEFAULT"].get("tst_flags", "").split()))
+            execute_notebook(path, set(settings["DEFAULT"].get("tst_flags", "").split()) - ({"slow"} if slow else set()))
             clean_notebook(path)
         except CellExecutionError as error:
             failed += 1
@@ -409,12 +411,14 @@ def main(
     "Run one of the commands of this module."
     parser = argparse.ArgumentParser(prog="python -m zerolab.dev.notebooks", description="Run and check zerolab's notebooks.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("run", help="run stale notebooks, or the named ones").add_argument("names", nargs="*")
+    runs = verbs.add_parser("run", help="run stale notebooks, or the named ones")
+    runs.add_argument("names", nargs="*")
+    runs.add_argument("--slow", action="store_true", help="with the cells that are flagged slow")
     verbs.add_parser("stale", help="list notebooks whose code changed since they ran")
     verbs.add_parser("check", help="hold every notebook to the rules").add_argument("--unrun", action="store_true", help="do not ask for fresh outputs")
     options = parser.parse_args(arguments)
     try:
-        if options.verb == "run": return int(run_notebooks(root(), options.names) > 0)
+        if options.verb == "run": return int(run_notebooks(root(), options.names, options.slow) > 0)
     except LookupError as error: parser.error(str(error))
     if options.verb == "stale": lines = [path.relative_to(root()).as_posix() for path in chosen_notebooks(root() / "nbs", [])]
     else: lines = check_project(stale=not options.unrun)

@@ -164,7 +164,8 @@ def recall_at(
         raise ValueError(f"recall_at: similarity has shape {list(similarity.shape)} and truth {list(truth.shape)}, need [N,V,M] and [N]")
     if not 0 < k < similarity.shape[2]: raise ValueError(f"recall_at: k is {k} of {similarity.shape[2]} prompts, need 1 or more and fewer than all")
     views = hits_at(similarity, truth[:, None].expand(similarity.shape[:2]), k).mean(1)
-    return Recall(k, mean_interval(views, groups=truth), mean_interval(hits_at(similarity.mean(1), truth, k), groups=truth), k/similarity.shape[2])
+    whole = hits_at(similarity.mean(1), truth, k)
+    return Recall(k, *(mean_interval(hits, groups=truth, rate=True) for hits in (views, whole)), k/similarity.shape[2])
 
 # %% ../../nbs/diffusion/05_alignment.ipynb #d897f6f6
 @dataclass(frozen=True, repr=False)

@@ -45,6 +45,7 @@ def mean_interval(
     values: Tensor,                # [N] one an object; NaN is left out
     *,
     groups: Tensor | None = None,  # [N] whole numbers: what was drawn together, a prompt for instance; each its own if None
+    rate: bool = False,            # whether a value is a success (1) or a failure (0), or a share of successes
     resamples: int = 1000,         # draws
     seed: int = 0,                 # of the draws
 ) -> Estimate:
@@ -59,7 +60,7 @@ def mean_interval(
     values, groups = values[known], groups[known].unique(return_inverse=True)[1]
     n = int(groups.max()) + 1
     sums, sizes = (torch.zeros(n, dtype=torch.float64).index_add_(0, groups, x) for x in (values, torch.ones_like(values)))
-    if (values == values[0]).all() and float(values[0]) in (0., 1.): return wilson(int(values[0])*n, n)
+    if rate and (values == values[0]).all() and float(values[0]) in (0., 1.): return wilson(int(values[0])*n, n)
     drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
     means = sums[drawn].sum(1)/sizes[drawn].sum(1)
     low, high = means.quantile(torch.tensor([(1 - LEVEL)/2, (1 + LEVEL)/2], dtype=torch.float64)).tolist()

@@ -20,7 +20,7 @@ from .variational import OnlinePhi, ParticlePrior, fit_phi
 # %% ../../nbs/distill/00b_closed_form.ipynb #b78fd402
 class Pull(NamedTuple):
     "The parts of a gradient, for a Gaussian of pictures."
-    mean: float                   # sum over what the mean is away from: in units of x
+    mean: float                   # expected gradient of a coordinate, in units of noise as all three; for SDS, G times the offset of the mean
     scale: float                  # what multiplies z
     noise: float                  # what multiplies the noise
 
@@ -94,6 +94,11 @@ def sign_flip(
     return int(gains.argmax())
 
 # %% ../../nbs/distill/00b_closed_form.ipynb #7202b93c
+def _needs_uncond(recipe):
+    "Whether a recipe asks for the noise without a prompt, too."
+    return recipe.guidance_scale != 1 or recipe.objective not in ("sds", "sjc", "vsd", "asd")
+
+
 def run_particles(
     prior: Prior,                 # of vectors
     prompt: int,                  # which one
@@ -114,8 +119,7 @@ def run_particles(
         if watch: watch(step, x.detach())
         optimizer.param_groups[0]["lr"] = lr*(1 - step/steps)
         exact = dict(phi=ParticlePrior(x, prior.schedule)) if recipe.objective == "vsd" else {}
-        alone = recipe.guidance_scale == 1 and recipe.objective in ("sds", "sjc", "vsd", "asd")
-        gradient, _ = distill(prior, x, cond, recipe, generator, progress=step/steps, uncond=None if alone else uncond, **exact)
+        gradient, _ = distill(prior, x, cond, recipe, generator, progress=step/steps, uncond=uncond if _needs_uncond(recipe) else None, **exact)
         optimizer.zero_grad()
         push(x, gradient).backward()
         optimizer.step()
@@ -125,7 +129,7 @@ def run_particles(
 def mixture_fit(
     prior: MixturePrior,
     prompt: int,                  # whose modes are meant
-    x: Tensor,                    # [N,D] particles
+    x: Tensor,                    # [N,D] particles; one that is alone at its mode counts for `modes` and divergence, not for bias and std
 ) -> dict:                        # modes found (with a percent of the particles); divergence in nats; bias and std in units of the mode's std
     "How well particles fit a prompt's mixture."
     means, weights, std = prior.means[prompt], prior.weights[prompt], prior.stds[prompt]
@@ -134,6 +138,7 @@ def mixture_fit(
     middle = (shares + weights)/2
     divergence = 0.5*sum(torch.special.xlogy(p, p/middle).sum() for p in (shares, weights))
     groups = [(x[nearest == mode], mode) for mode in range(len(means)) if (nearest == mode).sum() > 1]
+    if not groups: raise ValueError(f"mixture_fit: {len(x)} particles, no two at the same mode: a width needs two, give more particles")
     total = sum(len(group) for group, _ in groups)
     bias = sum(len(group)*float((group.mean(0) - means[mode]).norm()/std[mode]) for group, mode in groups)/total
     width = sum(len(group)*float(group.var(0).mean()/std[mode]**2) for group, mode in groups)/total
@@ -192,13 +197,12 @@ def train_generator(
         model = VectorGenerator(prior.shape[0], embeddings.shape[1])
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     learning = torch.optim.Adam(phi.network.parameters(), lr=phi_lr) if phi else None
-    alone = recipe.guidance_scale == 1 and recipe.objective in ("sds", "sjc", "vsd", "asd")
     for step in range(steps):
         prompts = torch.randint(0, len(embeddings), (batch,), generator=generator)
         cond, uncond = {"prompt": prompts}, {"prompt": torch.full_like(prompts, -1)}
         x = model(embeddings[prompts], generator)
         extra = dict(phi=phi) if phi else {}
-        gradient, _ = distill(prior, x, cond, recipe, generator, progress=step/steps, uncond=None if alone else uncond, **extra)
+        gradient, _ = distill(prior, x, cond, recipe, generator, progress=step/steps, uncond=uncond if _needs_uncond(recipe) else None, **extra)
         optimizer.zero_grad()
         push(x, gradient).backward()
         optimizer.step()

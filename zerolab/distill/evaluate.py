@@ -311,6 +311,8 @@ class Judges:
     reference: Tensor | None = None           # true pictures [M,V,3,h,w]: a standard of sharpness and chroma
 
     def __post_init__(self):
+        if isinstance(self.encoder, (str, Path)):
+            raise ValueError(f"Judges: encoder is {str(self.encoder)!r}, need a DualEncoder: load_dual_encoder({str(self.encoder)!r})")
         if (self.classifier is None) != (self.asked is None):
             raise ValueError("Judges: a classifier needs `asked`, which turns a prompt into the numbers of its words, and the other way round")
 
@@ -424,8 +426,9 @@ def score_split(
 ) -> Scores:
     "All numbers of some objects."
     own, prompts = truth[chosen], truth[chosen].unique()
-    def mean(values): return mean_interval(values, groups=own) if not values.isnan().all() else None
-    numbers = {name: mean(found[name][chosen]) for name in ("sim", "r1_view", "r1_object")} | dict(wrong=float(found["wrong"][chosen].mean()))
+    def mean(values, rate=False): return mean_interval(values, groups=own, rate=rate) if not values.isnan().all() else None
+    numbers = {name: mean(found[name][chosen], rate=name != "sim") for name in ("sim", "r1_view", "r1_object")}
+    numbers["wrong"] = float(found["wrong"][chosen].mean())
     objects = object_vectors(seen["views"][chosen])
     drawn = objects.square().sum(1) > 0.5                                         # that have any picture
     if drawn.any():
@@ -440,9 +443,9 @@ def score_split(
     attributes, bias = {}, {}
     if asked is not None:
         right = seen["words"][chosen] == asked[chosen]
-        numbers["words"] = mean(right.all(1).double())
+        numbers["words"] = mean(right.all(1).double(), rate=True)
         for i, (name, known) in enumerate(words.items()):
-            attributes[name] = mean(right[:, i].double())
+            attributes[name] = mean(right[:, i].double(), rate=True)
             bias[name] = word_bias(seen["words"][chosen, i][whole], asked[chosen, i], known) if whole.any() else None
     counts = torch.bincount(own)[prompts]
     return Scores(len(prompts), len(chosen), int((~whole).sum()), (int(counts.min()), int(counts.max())), numbers, attributes, bias)

@@ -6,7 +6,7 @@
 __all__ = ['PRIMES', 'TINY', 'ATT3D_TINY', 'weighted_rows', 'HashGrid', 'HyperMLP', 'INGPConfig', 'INGP', 'HyperINGP']
 
 # %% ../../nbs/distill/02a_ingp.ipynb #075f67af
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -182,5 +182,4 @@ class HyperINGP(nn.Module):
 
 # %% ../../nbs/distill/02a_ingp.ipynb #2e08b403
 TINY = INGPConfig(text_width=64, radius=1.2, hidden=32, levels=6, log2_table=12, base=6, growth=1.5, hash_background=False)
-ATT3D_TINY = INGPConfig(text_width=64, radius=1.2, hidden=32, levels=6, log2_table=12, base=6, growth=1.5, hash_background=False,
-                        kind="density", spectral_norm=True)
+ATT3D_TINY = replace(TINY, kind="density", spectral_norm=True)

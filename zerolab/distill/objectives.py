@@ -11,6 +11,8 @@ __all__ = ['VIEWS', 'WEIGHTS', 'OBJECTIVES', 'FIXED', 'ANNEALED', 'LOWERED', 'DE
 # %% ../../nbs/distill/00_objectives.ipynb #ec809dd4
 import math
 from dataclasses import dataclass, field
+from inspect import signature
+from numbers import Real
 from typing import Callable, NamedTuple
 
 import torch
@@ -157,8 +159,9 @@ def choose(
     known: dict,                  # name -> thing
     wanted,                       # a name, or the thing itself
 ):
-    "A thing by its name; anything that is no name is taken as it is."
-    if not isinstance(wanted, str): return wanted
+    "A thing by its name; a function is taken as it is."
+    if callable(wanted): return wanted
+    if not isinstance(wanted, str): raise ValueError(f"{what} is {wanted!r:.40}, need one of {', '.join(known)}, or a function")
     if wanted not in known: raise ValueError(f"unknown {what} {wanted!r}, need one of {', '.join(known)}, or a function")
     return known[wanted]
 
@@ -172,11 +175,16 @@ def check_request(
     uncond: dict | None,          # of B samples
     guidance_scale: float,        # omega
     negatives: Negatives | None,
+    *,
+    needs_uncond: bool = False,   # whatever omega is
 ) -> None:
     "Refuse what does not fit together, in one line that says what would."
     check_inputs(prior, x, t, cond)
     if noise.shape != x.shape: raise ValueError(f"noise is {list(noise.shape)} and x is {list(x.shape)}: draw torch.randn_like(x)")
-    if uncond is None and (guidance_scale != 1 or negatives):
+    if uncond is None and (needs_uncond or negatives):
+        raise ValueError(f"there is no `uncond`, and {'this objective needs' if needs_uncond else 'negatives need'} it at any guidance_scale: "
+                         f"give prior.condition(['']*{len(x)})")
+    if uncond is None and guidance_scale != 1:
         raise ValueError(f"guidance_scale is {guidance_scale} and there is no `uncond`: give prior.condition(['']*{len(x)}), or set it to 1")
     for other in ([] if uncond is None else [uncond]) + list(negatives.conditions if negatives else []): check_inputs(prior, x, t, other)
     if negatives and negatives.weights.shape != (len(x), len(negatives.conditions)):
@@ -261,7 +269,7 @@ def csd(
     negative_share: float = 1.,   # of it in the baseline, 0 to 1
 ) -> tuple[Tensor, dict]:         # gradient [B,*shape] and diagnostics
     "Classifier score distillation (arXiv 2310.19415)."
-    check_request(prior, x, t, cond, noise, uncond, 0., negatives)
+    check_request(prior, x, t, cond, noise, uncond, 1., negatives, needs_uncond=True)
     x_t = add_noise(prior, x, t, noise)
     said = ask_guided(prior, x_t, t, cond, uncond, 1., negatives, *([] if negative is None else [(x_t, t, negative)]))
     baseline = said.unconditional if negative is None else torch.lerp(said.unconditional, said.others[0], negative_share)
@@ -382,7 +390,7 @@ def ism(
     negatives: Negatives | None = None,
 ) -> tuple[Tensor, dict]:         # gradient [B,*shape] and diagnostics
     "Interval score matching (arXiv 2311.11284)."
-    check_request(prior, x, t, cond, noise, uncond, 0., negatives)
+    check_request(prior, x, t, cond, noise, uncond, 1., negatives, needs_uncond=True)
     earlier = (t - interval).clamp(min=0)
     see = lambda x_t, step: prior.eps(x_t, step, uncond)
     start = earlier.clamp(max=inversion_start(prior) if first is None else first)
@@ -412,7 +420,7 @@ def sdi(
     negatives: Negatives | None = None,
 ) -> tuple[Tensor, dict]:         # gradient [B,*shape] and diagnostics
     "Score distillation via inversion (arXiv 2405.15891)."
-    check_request(prior, x, t, cond, noise, uncond, 0., negatives)
+    check_request(prior, x, t, cond, noise, uncond, 1., negatives, needs_uncond=True)
     see = lambda x_t, step: ask_guided(prior, x_t, step, cond, uncond, inversion_scale, negatives).guided
     start = t.clamp(max=inversion_start(prior) if first is None else first)
     noisy = torch.where(per_sample(start, x) > 0, add_noise(prior, x, start, noise), x)
@@ -433,6 +441,10 @@ class Window:
     span: tuple = (0., 1.)        # progress where they begin and end to move; twice the same: they jump
 
     def __post_init__(self):
+        for name in ("low", "high", "span"):
+            ends = getattr(self, name)
+            if not isinstance(ends, (tuple, list)) or len(ends) != 2 or not all(isinstance(end, Real) for end in ends):
+                raise ValueError(f"Window: {name} is {ends!r:.40}, need two numbers, the first and the last: Window((0.5, 0.02), (0.98, 0.5))")
         if any(not 0 <= low <= high < 1 for low, high in zip(self.low, self.high)) or not 0 <= self.span[0] <= self.span[1] <= 1:
             raise ValueError(f"Window: low {self.low}, high {self.high}, span {self.span}: need 0 <= low <= high < 1 at both ends, "
                              "and a span inside 0 to 1; these are shares of T: 0.02, not 20")
@@ -486,7 +498,7 @@ class DeltaT:
 
     def __post_init__(self):
         choose("rule of delta t", DELTA_RULES, self.rule)
-        if not 0 <= self.eta <= 1: raise ValueError(f"DeltaT: eta is {self.eta}, need 0 to 1; the paper's is 0.1")
+        if not isinstance(self.eta, Real) or not 0 <= self.eta <= 1: raise ValueError(f"DeltaT: eta is {self.eta!r}, need 0 to 1; the paper's is 0.1")
 
     def __call__(self,
         t: Tensor,                # [B]
@@ -534,7 +546,9 @@ class Recipe:
 
     def __post_init__(self):
         for what, known, name in (("objective", OBJECTIVES, self.objective), ("normaliser", NORMALISERS, self.normaliser),
-                                  ("weight", WEIGHTS, self.weight)): choose(what, known, name)
+                                  ("weight", WEIGHTS, "uniform" if self.weight is None else self.weight)): choose(what, known, name)
+        for name, example in (("window", "Window((0.5, 0.02), (0.98, 0.5))"), ("delta_t", "DeltaT(0.1)")):
+            if not callable(getattr(self, name)): raise ValueError(f"{name} is {getattr(self, name)!r:.40}, need a function, such as {example}")
 
 
 RECIPES = {
@@ -544,7 +558,7 @@ RECIPES = {
     "ism": Recipe("ism", 7.5, Window((0.02, 0.02), (0.98, 0.5), (0., 0.3))), "sdi": Recipe("sdi", 7.5, falling),
 }
 
-
+# %% ../../nbs/distill/00_objectives.ipynb #846c3f87
 def distill(
     prior: Prior,
     x: Tensor,                    # [B,*shape]; its graph is left alone
@@ -558,6 +572,9 @@ def distill(
     **more,                       # what the objective wants besides: phi of VSD, negative of CSD
 ) -> tuple[Tensor, dict]:         # gradient [B,*shape], for `push`, and diagnostics
     "Draw timesteps and noise, and ask one objective which way to go."
+    if not isinstance(recipe, Recipe): raise ValueError(f"distill: recipe is {recipe!r:.40}, need a Recipe, such as RECIPES['asd']")
+    for name, condition in (("cond", cond), ("uncond", {} if uncond is None else uncond)):
+        if not isinstance(condition, dict): raise ValueError(f"distill: {name} is {condition!r:.40}, need prior.condition([...]) of {len(x)} prompts")
     objective, x = choose("objective", OBJECTIVES, recipe.objective), x.detach()
     window = recipe.window(progress, prior.T)
     if not 0 <= window[0] <= window[1] < prior.T: raise ValueError(f"distill: the window is {window}, the model knows t from 0 to {prior.T - 1}")
@@ -568,6 +585,12 @@ def distill(
     if objective is asd: given["delta_t"] = recipe.delta_t(drawn, window[0], prior.T, generator).expand(len(x)).to(x.device)
     if objective is sdi: given["generator"] = generator
     if recipe.weight is not None: given["weight"] = recipe.weight
+    if objective is vsd and given.get("phi") is None:
+        raise ValueError("distill: vsd needs phi, which knows what the pictures are like: lora_copy(prior), or ParticlePrior(x, prior.schedule)")
     noise = torch.randn(x.shape, generator=generator).to(x)
+    takes = signature(objective)
+    try: takes.bind(prior, x, t, cond, noise, **given)
+    except TypeError as error:
+        raise ValueError(f"distill: {recipe.objective}: {error}; its settings are {', '.join(list(takes.parameters)[5:])}") from None
     gradient, diagnostics = objective(prior, x, t, cond, noise, **given)
     return choose("normaliser", NORMALISERS, recipe.normaliser)(gradient, x, diagnostics), diagnostics

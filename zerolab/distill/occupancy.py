@@ -8,13 +8,13 @@ __all__ = ['OccupancyGrid', 'check_single', 'skip_empty']
 # %% ../../nbs/distill/01b_occupancy.ipynb #2b06d07e
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .fields import Field
 
 # %% ../../nbs/distill/01b_occupancy.ipynb #6598fd79
-class OccupancyGrid:
-    "Where one scene is not empty."
+class OccupancyGrid(nn.Module):
+    "Where one scene is not empty; a checkpoint of the module has all of it."
     def __init__(self,
         radius: float = 1.,        # of the field's sphere: the grid covers the cube around it, world units
         resolution: int = 32,      # cells on a side
@@ -22,11 +22,12 @@ class OccupancyGrid:
         threshold: float = 0.01,   # opacity of a cell from which on it is occupied (nerfacc's)
         device=None,               # where the grid lives
     ):
+        super().__init__()
         if not 0 < decay < 1: raise ValueError(f"OccupancyGrid: decay is {decay}, need more than 0 and less than 1")
         if resolution < 2: raise ValueError(f"OccupancyGrid: resolution is {resolution}, need 2 or more")
         self.radius, self.resolution, self.decay, self.threshold = radius, resolution, decay, threshold
-        self.density = torch.zeros(resolution**3, device=device)
-        self.occupied = torch.ones(resolution**3, dtype=torch.bool, device=device)  # until it was looked at, nothing is empty
+        self.register_buffer("density", torch.zeros(resolution**3, device=device))
+        self.register_buffer("occupied", torch.ones(resolution**3, dtype=torch.bool, device=device))  # until it was looked at, nothing is empty
 
     @property
     def cell(self) -> float: return 2*self.radius/self.resolution
@@ -43,10 +44,10 @@ class OccupancyGrid:
         inside = 0.5 if generator is None else torch.rand(side**3, 3, generator=generator, device=generator.device).to(device)
         points = (low + inside)*self.cell - self.radius
         now = torch.cat([field.density(field.query_geometry(part[None]))[0] for part in points.split(2**17)])
-        self.density = torch.maximum(self.decay*self.density, now)
+        self.density.copy_(torch.maximum(self.decay*self.density, now))
         opacity = 1 - torch.exp(-self.density*self.cell)
         filled = opacity > min(self.threshold, opacity.mean().item())
-        self.occupied = F.max_pool3d(filled.float().view(1, 1, side, side, side), 3, 1, 1).flatten() > 0
+        self.occupied.copy_(F.max_pool3d(filled.float().view(1, 1, side, side, side), 3, 1, 1).flatten() > 0)
         return self.occupied.float().mean().item()
 
     def at(self,

@@ -112,6 +112,7 @@ def load_corpus(
     name:str|None=None,  # for tables and errors; the file's own if None
 ) -> Corpus:
     "Read a corpus as ScaleDreamer's repository and its successors store them."
+    if Path(path).is_dir(): raise ValueError(f"load_corpus: {path} is a folder: give the JSON file in it")
     lists, name = read_json(path), name or Path(path).name.removesuffix(".json").removesuffix("_prompt_library")
     if not isinstance(lists, dict) or "train" not in lists:
         found = f"the keys {', '.join(map(repr, list(lists)[:5])) or 'none'}" if isinstance(lists, dict) else f"a {type(lists).__name__}"
@@ -235,6 +236,7 @@ def corpus_report(
     examples:int=3,        # near-duplicates and long prompts to show
 ) -> dict:                 # `splits`, `shared`, `near` and `longest`; numbers, strings and lists
     "Duplicates, leaks between splits, and oddities of a corpus."
+    if not isinstance(corpus, Corpus): raise ValueError(f"corpus_report: this is a {type(corpus).__name__}, need a Corpus: corpus_of(prompts)")
     numbers, splits = {}, {split: getattr(corpus, split) for split in SPLITS}
     rows = {split: [numbers.setdefault(normalise(prompt), len(numbers)) for prompt in prompts] for split, prompts in splits.items()}
     forms, bits, groups = list(numbers), {split: 1 << i for i, split in enumerate(SPLITS)}, np.zeros(len(numbers), np.uint8)
@@ -288,6 +290,7 @@ class Grammar:
         if fields != set(self.slots):
             raise ValueError(f"Grammar: the template has the slots {sorted(fields)}, words are given for {sorted(self.slots)}")
         for name, words in self.slots.items():
+            if isinstance(words, str): raise ValueError(f"Grammar: slot {name!r} is the text {words!r:.40}, need a tuple of words: ({words!r:.40},)")
             if len(set(words)) != len(words) or not words:
                 raise ValueError(f"Grammar: slot {name!r} has {len(words)} words, {len(set(words))} different ones")
 

@@ -131,5 +131,7 @@ def save_field(
     **kw,                  # of `field_meshes`
 ) -> Path:
     "Write the surface of a scene as GLB."
+    if not isinstance(field, Field):
+        raise ValueError(f"save_field: {type(field).__name__} is no field: save_ply(scene, path) saves Gaussians, each scene of .unstack() by itself")
     if field.batch != 1: raise ValueError(f"save_field: the field holds {field.batch} scenes, need one: save each mesh of field_meshes with save_glb")
     return save_glb(field_meshes(field, resolution, **kw)[0], path, name)

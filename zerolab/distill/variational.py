@@ -45,6 +45,7 @@ class OnlinePhi(Prior):
         width: int = 64,          # of two hidden layers
         seed: int = 0,            # of its weights
     ):
+        if len(prior.shape) != 1: raise ValueError(f"OnlinePhi: x is {list(prior.shape)}, it is for vectors: lora_copy(prior) is for pictures")
         self.schedule, self.shape = replace(prior.schedule, prediction_type="epsilon"), prior.shape
         self.start, self.hears = start, hears
         heard = 0 if hears is None else hears.shape[1]
