@@ -146,7 +146,7 @@ class PromptBatches:
         return dict(step=self.step, corpus=f"{len(self.prompts)} prompts from {self.prompts[0]!r} on, {corpus}", settings=self.config.settings)
 
     def load_state_dict(self, state: dict):
-        there, here = ({"corpus": one["corpus"], **one["settings"]} for one in (state, PromptBatches.state_dict(self)))
+        there, here = ({"corpus": one.get("corpus"), **one.get("settings", {})} for one in (state, PromptBatches.state_dict(self)))
         changed = [f"{name} is {there.get(name)} there and {here.get(name)} here" for name in {**there, **here} if there.get(name) != here.get(name)]
         if changed: raise ValueError(f"distill_generator: another run is in this folder: {'; '.join(changed)}: use another folder, or the same settings")
         self.step = state["step"]
